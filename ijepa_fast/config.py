@@ -1,0 +1,233 @@
+"""The typed config: a YAML file and `section.key=value` overrides become a checked, frozen `Config`.
+
+`load_config` reads our own YAML files, and released I-JEPA ones (`ijepa_fast.released`) as they are. Every mistake is a
+`UserError` of one sentence. Keys and defaults are documented where they stand, below; `--print-config` shows all.
+"""
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ijepa_fast.errors import UserError
+
+Range = tuple[float, float]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = "vit_small"
+    patch_size: Count = 16
+    predictor_depth: Count = 6
+    predictor_dim: Count = 384
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
+    residual_dtype: Literal["float32", "bfloat16"] = "float32"  # float32 as in the released code
+
+
+class MaskConfig(Section):
+    sampler: Literal["reference", "corrected"] = "reference"  # reference: the released sampler's distribution
+    collate: Literal["truncate", "ragged"] = "truncate"  # truncate: contexts cut to their group's minimum, as released
+    group: Count = 128  # truncate cuts within this many consecutive positions: the released run's per-GPU batch
+    views: Count = 1  # (context, targets) sets an image, for one target forward
+    max_keep: Count | None = None  # ragged: the most tokens of a context, to bound memory
+    min_keep: Annotated[int, Field(ge=0)] = 10  # a block must keep more tokens than this
+    num_contexts: Count = 1
+    num_targets: Count = 4
+    context_scale: Range = (0.85, 1.0)  # share of the image's patches
+    target_scale: Range = (0.15, 0.2)
+    target_aspect: Range = (0.75, 1.5)
+    allow_overlap: bool = False  # whether a context may hold target tokens
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "MaskConfig":
+        for name in ("context_scale", "target_scale", "target_aspect"):
+            low, high = getattr(self, name)
+            top = 1.0 if name.endswith("scale") else float("inf")
+            if not 0 < low <= high <= top:
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high" + (" <= 1" if top == 1 else ""))
+        if self.max_keep is not None and self.collate != "ragged":
+            raise ValueError("max_keep bounds ragged contexts only; set collate to ragged or leave max_keep out")
+        return self
+
+
+class DataConfig(Section):
+    root: Path  # a folder of images, at any depth; its sub-folders, if any, are the classes
+    probe_root: Path | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
+    image_size: Count = 224
+    crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
+    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    threads: Count = 8  # that read and decode; has no influence on what a run computes
+
+    @model_validator(mode="after")
+    def _crop(self) -> "DataConfig":
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError("crop_scale must be [low, high] with 0 < low <= high <= 1")
+        return self
+
+
+class OptimConfig(Section):
+    global_batch_size: Count = 2048
+    micro_batch: Count = 128  # images a rank holds at once; gradients accumulate up to the global batch
+    epochs: Count = 300
+    warmup_epochs: Annotated[float, Field(ge=0)] = 40
+    start_lr: float = 2e-4
+    lr: float = 1e-3
+    final_lr: float = 1e-6
+    weight_decay: float = 0.04
+    final_weight_decay: float = 0.4
+    betas: Range = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: Range = (0.996, 1.0)  # of the EMA, first and last step
+    schedule_stretch: Annotated[float, Field(ge=1)] = 1.0  # the schedules end this many times later than the run
+    loss: Literal["smooth_l1", "l2"] = "smooth_l1"
+
+
+class TrainConfig(Section):
+    folder: Path = Path("runs/ijepa")  # everything a run writes
+    seed: Annotated[int, Field(ge=0)] = 0
+    init_from: Path | None = None  # a checkpoint whose weights (only) the run starts from
+    checkpoint_every: Count | None = None  # steps; left out: once an epoch
+    keep_last: Count = 3  # checkpoints
+
+
+class ParallelConfig(Section):
+    strategy: Literal["auto", "single", "ddp"] = "auto"  # auto: ddp under torchrun with several processes
+    cpu_threads: Count | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
+
+
+class LogConfig(Section):
+    every: Count = 10  # steps between two reads of the loss from the device
+    probe_every: Count | None = 1000  # steps between two probes (RankMe, k-NN); null: none
+    probe_images: Count = 2000  # the most images a probe looks at
+    progress: bool = True  # the bar; without it, or where output is no terminal, a line every `every` steps
+    tensorboard: bool = True
+
+
+class Config(Section):
+    model: ModelConfig = ModelConfig()
+    mask: MaskConfig = MaskConfig()
+    data: DataConfig
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    log: LogConfig = LogConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Config":
+        if self.data.image_size % self.model.patch_size:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} is not divisible by model.patch_size {self.model.patch_size}"
+            )
+        batch, group = self.optim.global_batch_size, self.mask.group
+        if self.mask.collate == "truncate" and batch % group:
+            raise ValueError(
+                f"mask.group {group} does not divide optim.global_batch_size {batch}: truncation needs whole groups, "
+                f"for instance mask.group={math.gcd(batch, group)}"
+            )
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a crop."""
+        return self.data.image_size // self.model.patch_size
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+# What may change between a run and its resumption, because what the run computes does not depend on it (micro_batch:
+# only by the order of a sum). All other keys of these sections must be the same.
+_EXACT = {
+    "model": set(),
+    "mask": set(),
+    "optim": {"micro_batch"},
+    "data": {"probe_root", "decoder", "threads"},
+    "train": {"folder", "init_from", "checkpoint_every", "keep_last"},
+}
+
+
+def check_same_run(old: Config, new: Config, where: Path) -> None:
+    """Raise a `UserError` naming the first key in which `new` would not continue the run that wrote `old`."""
+    for section, free in _EXACT.items():
+        before, after = getattr(old, section).model_dump(mode="json"), getattr(new, section).model_dump(mode="json")
+        for key in before.keys() - free:
+            if before[key] != after[key]:
+                raise UserError(
+                    f"{where} was written with {section}.{key}={before[key]}, not {after[key]}: "
+                    f"resume with the old value, or start anew in another train.folder"
+                )
+
+
+def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Config, list[str]]:
+    """Read `path` (ours, or a released I-JEPA YAML) and apply `section.key=value` overrides.
+
+    Returns the config and, for a released file, what was made of each of its keys (else an empty list).
+    """
+    from ijepa_fast.released import convert_released, is_released
+
+    raw, notes = _read_yaml(Path(path)), []
+    if is_released(raw):
+        raw, notes = convert_released(raw, Path(path))
+    for override in overrides:
+        _apply(raw, override)
+    return validate(raw, str(path)), notes
+
+
+def validate(raw: dict[str, Any], source: str) -> Config:
+    """A `Config` from nested plain values; `source` names their origin in the error."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(f"{source}: " + "; ".join(_sentence(e) for e in error.errors())) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"config {path} must hold sections ({', '.join(Config.model_fields)}), not {raw!r}")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    name, equals, text = override.partition("=")
+    section, dot, key = name.partition(".")
+    if not (equals and dot and section and key):
+        raise UserError(f"override {override!r} is not of the form section.key=value, for instance optim.lr=1e-3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    target = raw.setdefault(section, {})
+    if not isinstance(target, dict):
+        raise UserError(f"override {override!r}: section {section} of the config is {target!r}, not a set of keys")
+    target[key] = value
+
+
+def _sentence(error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        sections = Config.model_fields
+        known = [*sections] + [f"{name}.{key}" for name, f in sections.items() for key in f.annotation.model_fields]
+        # A key in the wrong section is as common a mistake as a misspelt one, so the last part alone counts too.
+        last = error["loc"][-1]
+        elsewhere = [name for name in known if name.split(".")[-1] == last]
+        near = elsewhere or difflib.get_close_matches(place, known, n=1, cutoff=0.5)
+        return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
+    if error["type"] == "missing":
+        return f"{place} is missing"
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if error["type"] == "value_error":
+        return f"{place}: {message}" if place else message
+    return f"{place}={error['input']!r} {message}"

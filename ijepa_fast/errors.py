@@ -1,0 +1,5 @@
+"""The one exception that is a user's to mend: `train` and its siblings print its sentence and exit with 2."""
+
+
+class UserError(Exception):
+    """One clear sentence: what was wrong, where, and what would be right."""
