@@ -1,0 +1,94 @@
+"""Which code an op runs, and how an op is registered with PyTorch.
+
+`IJEPA_KERNELS` chooses the code, for debugging; the default needs no thought. It is read at every call:
+
+    auto       Triton for CUDA tensors where Triton is installed, plain PyTorch elsewhere
+    torch      plain PyTorch everywhere
+    triton     Triton, and an error where it cannot run
+    interpret  Triton's interpreter, on CPU tensors (tests; set it before the first import of triton)
+
+`IJEPA_KERNELS_CHECK=1` also checks the values of index tensors that live on a GPU, which makes the host wait for them.
+Those that live on the host are always checked.
+"""
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+if os.environ.get("IJEPA_KERNELS") == "interpret" and "triton" not in sys.modules:
+    os.environ["TRITON_INTERPRET"] = "1"  # triton looks at it when it decorates, its own library included
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # Windows, macOS: the PyTorch forms are all there is
+
+    class _Missing:
+        """Lets `@triton.jit` and `tl.constexpr` be written down; nothing is ever launched."""
+
+        constexpr = int
+
+        @staticmethod
+        def jit(fn=None, **_options):
+            return fn if fn is not None else lambda fn: fn
+
+    triton = tl = _Missing()
+
+HAS_TRITON = hasattr(triton, "__version__")
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
+MODES = ("auto", "torch", "triton", "interpret")
+
+
+def use_triton(x: Tensor) -> bool:
+    """Whether an op whose tensors live where `x` does runs its Triton kernel (else: its PyTorch form)."""
+    mode = os.environ.get("IJEPA_KERNELS", "auto")
+    if mode == "auto":
+        return x.is_cuda and HAS_TRITON and not INTERPRETED
+    if mode == "torch":
+        return False
+    if mode not in MODES:
+        raise ValueError(f"IJEPA_KERNELS must be one of {', '.join(MODES)}, got {mode!r}")
+    if not HAS_TRITON:
+        raise ValueError(f"IJEPA_KERNELS={mode}, but triton is not installed")
+    if mode == "triton":
+        if not x.is_cuda or INTERPRETED:
+            where = "under TRITON_INTERPRET=1" if INTERPRETED else f"to tensors on {x.device}"
+            raise ValueError(f"IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels, but it came {where}")
+    elif x.is_cuda or not INTERPRETED:
+        raise ValueError("IJEPA_KERNELS=interpret needs CPU tensors and must be set before the first import of triton, "
+                         f"got tensors on {x.device}, TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}")
+    return True
+
+
+def check_values_of(x: Tensor) -> bool:
+    """Whether to look at the values of index tensor `x`: always on the host, on a GPU under IJEPA_KERNELS_CHECK=1."""
+    return x.device.type == "cpu" or os.environ.get("IJEPA_KERNELS_CHECK") == "1"
+
+
+_library = torch.library.Library("ijepa", "DEF")
+
+
+def register(
+    schema: str,
+    body: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
+) -> torch._ops.OpOverload:
+    """Registers `ijepa::<schema>` and returns what to call.
+
+    One body serves every device and chooses its code with `use_triton`; it runs below autograd. torch.library.triton_op
+    would let the compiler see the launches, but it fails opcheck and compilation on a machine without a GPU.
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, body, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ijepa::{name}", fake, lib=_library)
+    if backward is not None:
+        torch.library.register_autograd(f"ijepa::{name}", backward, setup_context=setup_context, lib=_library)
+    return getattr(torch.ops.ijepa, name).default
