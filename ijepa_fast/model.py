@@ -1,0 +1,275 @@
+"""I-JEPA's two transformers, over packed tokens: the Vision Transformer encoder and the narrow predictor.
+
+A batch of sequences of any lengths is one `[T, D]` tensor with `cu_seqlens` (see `ijepa_kernels.Packed`): the context
+of one image after that of another, without padding. The architecture is the pre-norm ViT of Dosovitskiy et al., "An
+Image is Worth 16x16 Words" (arXiv 2010.11929), without a class token, as I-JEPA uses it (arXiv 2301.08243): exact GELU,
+biases everywhere, layer norm with eps 1e-6, no dropout, frozen sin-cos positions. Parameters carry timm's names.
+"""
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from ijepa_kernels import Packed, embed_patches, predictor_tokens, varlen_attention
+from torch import Tensor, nn
+
+NORM_EPS = 1e-6
+INIT_STD = 0.02
+
+
+class Size(NamedTuple):
+    dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+
+
+# The giant's MLP is 48/11 as wide as its stream, all others' four times.
+SIZES = {
+    "vit_tiny": Size(192, 12, 3, 768),
+    "vit_small": Size(384, 12, 6, 1536),
+    "vit_base": Size(768, 12, 12, 3072),
+    "vit_large": Size(1024, 24, 16, 4096),
+    "vit_huge": Size(1280, 32, 16, 5120),
+    "vit_giant": Size(1408, 40, 16, 6144),
+}
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that multiplies in `compute_dtype`, whatever the dtypes of its input and of its stored weights."""
+
+    def __init__(self, dim_in: int, dim_out: int, compute_dtype: torch.dtype):
+        super().__init__(dim_in, dim_out)
+        self.compute_dtype = compute_dtype
+
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` draws every weight, and drawing a billion of them twice takes a while."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.compute_dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed and returned in fp32 (in fp64 for an fp64 stream)."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, num_heads: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = Linear(dim, 3 * dim, compute_dtype)
+        self.proj = Linear(dim, dim, compute_dtype)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)
+        y = varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+        return self.proj(y if rows is None else y.index_select(0, rows))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int, hidden: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, compute_dtype)
+        self.fc2 = Linear(hidden, dim, compute_dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block over packed tokens; the encoder's and the predictor's alike."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_dim: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.norm1 = LayerNorm(dim)
+        self.attn = Attention(dim, num_heads, compute_dtype)
+        self.norm2 = LayerNorm(dim)
+        self.mlp = MLP(dim, mlp_dim, compute_dtype)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
+        """The new stream of x `[T, D]`, in x's dtype; with `rows` (int64 `[R]`, distinct) only those rows, `[R, D]`.
+
+        Every row is attended to either way: what the other rows are spared is the projection and the MLP.
+        """
+        y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
+        if rows is not None:
+            x = x.index_select(0, rows)
+        x = x + y.to(x.dtype)
+        return x + self.mlp(self.norm2(x)).to(x.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Linear embedding of the listed patches alone. `proj` is a convolution for its names and layout; it never runs."""
+
+    def __init__(self, patch_size: int, dim: int, compute_dtype: torch.dtype):
+        super().__init__()
+        self.patch_size = patch_size
+        self.compute_dtype = compute_dtype
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
+        return embed_patches(
+            images,
+            packed,
+            self.proj.weight,
+            self.proj.bias,
+            pos_embed,
+            patch_size=self.patch_size,
+            dtype=self.compute_dtype,
+        )
+
+
+class VisionTransformer(nn.Module):
+    """The encoder; context and target encoder are two of these. Build it with `build_encoder`."""
+
+    def __init__(
+        self, size: Size, image_size: int, patch_size: int, compute_dtype: torch.dtype, residual_dtype: torch.dtype
+    ):
+        super().__init__()
+        self.size, self.image_size, self.patch_size = size, image_size, patch_size
+        self.grid = image_size // patch_size
+        self.compute_dtype, self.residual_dtype = compute_dtype, residual_dtype
+        self.patch_embed = PatchEmbed(patch_size, size.dim, compute_dtype)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid**2, size.dim), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            Block(size.dim, size.num_heads, size.mlp_dim, compute_dtype) for _ in range(size.depth)
+        )
+        self.norm = LayerNorm(size.dim)
+
+    def forward(self, images: Tensor, packed: Packed | None = None) -> Tensor:
+        """Features of the listed patches, `[T, D]`, or of every patch, `[B, N, D]`, when `packed` is left out; fp32.
+
+        `images` are uint8 `[B, H, W, 3]`, normalised inside with ImageNet's statistics, or float `[B, 3, H, W]` taken
+        as normalised. A patch attends to the patches of its own sequence.
+        """
+        listed = Packed.dense(len(images), self.grid**2, device=images.device) if packed is None else packed
+        x = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype)
+        for block in self.blocks:
+            x = block(x, listed.cu_seqlens, listed.max_seqlen)
+        x = self.norm(x)
+        return x.view(len(images), self.grid**2, -1) if packed is None else x
+
+
+class Predictor(nn.Module):
+    """The narrow transformer that predicts the target encoder's features. Build it with `build_predictor`."""
+
+    def __init__(
+        self,
+        encoder_dim: int,
+        size: Size,
+        grid: int,
+        compute_dtype: torch.dtype,
+        residual_dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.size, self.grid = size, grid
+        self.residual_dtype = residual_dtype
+        self.predictor_embed = Linear(encoder_dim, size.dim, compute_dtype)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, size.dim))
+        self.predictor_pos_embed = nn.Parameter(torch.empty(1, grid**2, size.dim), requires_grad=False)
+        self.predictor_blocks = nn.ModuleList(
+            Block(size.dim, size.num_heads, size.mlp_dim, compute_dtype) for _ in range(size.depth)
+        )
+        self.predictor_norm = LayerNorm(size.dim)
+        self.predictor_proj = Linear(size.dim, encoder_dim, compute_dtype)
+
+    def forward(self, tokens: Tensor, context: Packed, target: Packed, context_of: Tensor | None = None) -> Tensor:
+        """Predicted features at the target patches, `[T_tgt, D_enc]` in the compute dtype, rows in target's order.
+
+        `tokens` `[T_ctx, D_enc]` are the encoder's features of `context`. Each target sequence is predicted by itself,
+        from the context sequence `context_of` (int32 `[S_tgt]`) names; without it an image has one context, and image
+        numbers match them.
+        """
+        x = self.predictor_embed(tokens).to(self.residual_dtype)
+        x, cu_seqlens, mask_rows = predictor_tokens(
+            x, self.mask_token, self.predictor_pos_embed, context, target, context_of
+        )
+        max_seqlen = context.max_seqlen + target.max_seqlen
+        *blocks, last = self.predictor_blocks
+        for block in blocks:
+            x = block(x, cu_seqlens, max_seqlen)
+        # Only the mask tokens are read from here on: the last block finishes two thirds fewer rows.
+        x = last(x, cu_seqlens, max_seqlen, mask_rows)
+        return self.predictor_proj(self.predictor_norm(x))
+
+
+def build_encoder(
+    name: str,
+    *,
+    image_size: int,
+    patch_size: int,
+    compute_dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype = torch.float32,
+) -> VisionTransformer:
+    """A `vit_tiny` ... `vit_giant` of square images, `image_size` and `patch_size` in pixels, parameters in fp32.
+
+    Weights are drawn from torch's global generator (see `init_weights`). Under `torch.device("meta")` it costs nothing;
+    then `to_empty` and `init_weights` make it real. Matrix products take `compute_dtype` inputs; the residual stream is
+    kept in `residual_dtype`.
+    """
+    if name not in SIZES:
+        raise ValueError(f"there is no encoder {name!r}; the names are {', '.join(SIZES)}")
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    encoder = VisionTransformer(SIZES[name], image_size, patch_size, compute_dtype, residual_dtype)
+    init_weights(encoder)
+    return encoder
+
+
+def build_predictor(encoder: VisionTransformer, depth: int, dim: int) -> Predictor:
+    """The predictor for `encoder`, with its heads, patch grid and dtypes: `depth` blocks of width `dim`."""
+    heads = encoder.size.num_heads
+    if depth < 1:
+        raise ValueError(f"the predictor needs at least 1 block, got depth {depth}")
+    if dim % heads or dim % 4:
+        raise ValueError(f"the predictor's dim {dim} must be a multiple of 4 and of the encoder's {heads} heads")
+    size = Size(dim, depth, heads, 4 * dim)
+    predictor = Predictor(encoder.size.dim, size, encoder.grid, encoder.compute_dtype, encoder.residual_dtype)
+    init_weights(predictor)
+    return predictor
+
+
+def sincos_positions(grid: int, dim: int) -> Tensor:
+    """Sine-cosine embedding of a square grid, fp32 `[grid * grid, dim]`, rows in raster order.
+
+    Vaswani et al. (arXiv 1706.03762) in two dimensions, as in MAE (arXiv 2111.06377) and I-JEPA: the first half of the
+    channels encodes the column, the second the row; each half is its sines, then its cosines, at dim / 4 wavelengths
+    from 2 pi up to (excluded) 10000 * 2 pi.
+    """
+    quarter = dim // 4
+    frequency = torch.exp(torch.arange(quarter, dtype=torch.float64) * (-math.log(10000.0) / quarter))
+    angle = torch.outer(torch.arange(grid, dtype=torch.float64), frequency)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # [grid, dim / 2]
+    columns, rows = wave.repeat(grid, 1), wave.repeat_interleave(grid, dim=0)
+    return torch.cat([columns, rows], dim=1).float()
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Draw the weights of an encoder or a predictor, in place, from `generator` alone.
+
+    As the released recipe ends up: every matrix, the patch projection and the mask token normal with std 0.02
+    (truncated at 2.0, a hundred standard deviations away), biases zero, norms one and zero. The released models also
+    divide attn.proj and mlp.fc2 of block l by sqrt(2 l), as BEiT does, but the released training script then draws
+    every Linear again, so the published runs trained without it.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-2.0, b=2.0, generator=generator)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+        elif isinstance(part, VisionTransformer):
+            part.pos_embed.copy_(sincos_positions(part.grid, part.size.dim))
+        elif isinstance(part, Predictor):
+            nn.init.trunc_normal_(part.mask_token, std=INIT_STD, a=-2.0, b=2.0, generator=generator)
+            part.predictor_pos_embed.copy_(sincos_positions(part.grid, part.size.dim))
