@@ -1,0 +1,295 @@
+"""The index: where each image lies, how large it is, its class; read once from the folders, then cached.
+
+It is numpy from end to end, so that 14 million images load in the time of reading a file: one record an image, and the
+paths of the containers in one blob. A container is what holds encoded bytes: an image file holds one image, at offset
+0. The cache is one file (a JSON line, then raw sections), checked by a checksum and by the modification times of all
+folders below the root; nothing in it is ever executed or unpickled.
+"""
+import hashlib
+import json
+import os
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ijepa_fast.data.decoder import open_image
+from ijepa_fast.errors import UserError
+
+RECORD = np.dtype([
+    ("container", "<i8"),
+    ("offset", "<i8"),  # bytes from the container's start
+    ("size", "<i8"),  # bytes
+    ("label", "<i4"),  # index into `class_names`; -1: none
+    ("width", "<i4"),  # pixels as stored: an EXIF rotation is not applied
+    ("height", "<i4"),
+    ("flag", "<i4"),  # 0: nothing known against this image
+])
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+
+_FORMAT = "ijepa_fast index 1"
+_ALIGN = 64  # of each section in the file, bytes
+_CHUNK = 64  # headers that a thread reads in one task
+_PATIENCE_S = 2.0  # reading headers for longer than this shows a bar
+
+
+class PathTable:
+    """Many paths as one uint8 `blob` and int64 `offsets [n+1]`; item i is bytes."""
+
+    def __init__(self, blob: np.ndarray, offsets: np.ndarray):
+        self.blob, self.offsets = blob, offsets
+
+    @classmethod
+    def from_paths(cls, paths: list[bytes]) -> "PathTable":
+        offsets = np.zeros(len(paths) + 1, np.int64)
+        np.cumsum([len(path) for path in paths], out=offsets[1:])
+        return cls(np.frombuffer(b"".join(paths), np.uint8), offsets)
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, i: int) -> bytes:
+        return self.blob[self.offsets[i] : self.offsets[i + 1]].tobytes()
+
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[i] for i in range(len(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """All images below `root`, in the byte order of their relative paths.
+
+    `records`: structured `RECORD [num_images]`, read-only where it comes from the cache (memory-mapped). `class_names`:
+    the folders directly below `root` that hold images, sorted; empty where all images lie in `root` itself.
+    """
+
+    root: str
+    records: np.ndarray
+    class_names: tuple[str, ...]
+    containers: PathTable  # relative to `root`
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def container_path(self, container: int) -> str:
+        return os.path.join(self.root, os.fsdecode(self.containers[container]))
+
+    def path(self, image: int) -> str:
+        """Where image `image` lies, for people to read."""
+        return self.container_path(self.records["container"][image])
+
+
+def build_index(root: str | Path, *, cache_dir: str | Path | None = None, threads: int = 8) -> Index:
+    """The index of all images below `root`, at any depth, from the cache where nothing has changed.
+
+    The class of an image is the folder directly below `root` that it lies in (sorted names give the labels 0, 1, ...);
+    an image in `root` itself has none. Symbolic links are followed, names that begin with a dot are left out. Raises
+    `UserError` for a missing root, a root without images and an image whose header cannot be read. `cache_dir`: by
+    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so.
+    """
+    root = os.path.realpath(os.path.expanduser(root))
+    if not os.path.exists(root):
+        raise UserError(f"data folder {root} does not exist")
+    if not os.path.isdir(root):
+        raise UserError(f"data folder {root} is a file: it must be a folder with images, at any depth")
+    cache_file = _cache_file(root, cache_dir)
+    index = _load(cache_file, root)
+    if index is None:
+        index, folders, mtimes = _scan(root, threads)
+        try:
+            _save(cache_file, index, folders, mtimes)
+        except OSError as error:
+            warnings.warn(f"the index of {root} will be built again next time, for {error}", stacklevel=2)
+    return index
+
+
+def _scan(root: str, threads: int) -> tuple[Index, PathTable, np.ndarray]:
+    images, folders, others = _walk(root)
+    if not images:
+        raise UserError(
+            f"no image below {root}: {others or 'no'} other file{'s' * (others != 1)} seen; "
+            f"images end in {', '.join(SUFFIXES)}"
+        )
+    images.sort()
+    folders.sort()
+    # The class is what comes before the first slash: b"" for an image in root itself, which sorts first if present.
+    classes, labels = np.unique(np.array([path.rpartition(b"/")[0].partition(b"/")[0] for path in images], object),
+                                return_inverse=True)
+    unlabelled = int(classes[0] == b"")
+    records = np.zeros(len(images), RECORD)
+    records["container"] = np.arange(len(images))
+    records["label"] = labels - unlabelled
+    records["size"], records["width"], records["height"] = _read_headers(root, images, threads).T
+    index = Index(root, records, tuple(os.fsdecode(c) for c in classes[unlabelled:]), PathTable.from_paths(images))
+    return index, PathTable.from_paths([f for f, _ in folders]), np.array([m for _, m in folders], np.int64)
+
+
+def _walk(root: str) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
+    """Relative paths of the images, (relative path, mtime in ns) of all folders, the number of other files."""
+    images, folders, others = [], [], 0
+    pending: list[tuple[bytes, frozenset]] = [(b"", frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        where = os.path.join(os.fsencode(root), folder)
+        try:
+            # Stat before listing: a file added in between then makes the cache stale, instead of being missed for good.
+            stat = os.stat(where)
+            folders.append((folder, stat.st_mtime_ns))
+            inode = (stat.st_dev, stat.st_ino)
+            if inode in above:  # a symbolic link to a folder that it lies in
+                continue
+            with os.scandir(where) as entries:
+                for entry in entries:
+                    path = os.path.join(folder, entry.name)
+                    if entry.name.startswith(b"."):
+                        others += 1
+                    elif entry.is_dir():
+                        pending.append((path, above | {inode}))
+                    elif path.lower().endswith(_SUFFIXES_BYTES):
+                        images.append(path)
+                    else:
+                        others += 1
+        except OSError as error:
+            raise UserError(f"folder {os.fsdecode(where)} cannot be listed: {error.strerror}") from None
+    return images, folders, others
+
+
+_SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
+
+
+def _read_headers(root: str, images: list[bytes], threads: int) -> np.ndarray:
+    """File size, width and height of each image, int64 `[n, 3]`."""
+    where = os.fsencode(root)
+
+    def read(first: int) -> list[tuple[int, int, int]]:
+        return [_read_header(os.path.join(where, path)) for path in images[first : first + _CHUNK]]
+
+    headers: list[tuple[int, int, int]] = []
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="index")
+    try:
+        for chunk in _with_bar(pool.map(read, range(0, len(images), _CHUNK)), len(images)):
+            headers += chunk
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return np.array(headers, np.int64)
+
+
+def _read_header(path: bytes) -> tuple[int, int, int]:
+    try:
+        with open(path, "rb") as file:
+            return os.fstat(file.fileno()).st_size, *open_image(file).size
+    except Exception as error:  # Pillow's plugins raise whatever a malformed header leads them to
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{os.fsdecode(path)} cannot be read as an image: {reason}; remove or replace it") from None
+
+
+def _with_bar(chunks: Iterable[list], total: int) -> Iterator[list]:
+    """`chunks`, and a progress bar on stderr once they take longer than a moment."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(TextColumn("reading image headers"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+                   console=Console(stderr=True), transient=True)
+    task, start, shown = bar.add_task("", total=total), time.monotonic(), False
+    try:
+        for chunk in chunks:
+            yield chunk
+            bar.advance(task, len(chunk))
+            if not shown and time.monotonic() - start > _PATIENCE_S:
+                bar.start()
+                shown = True
+    finally:
+        if shown:
+            bar.stop()
+
+
+def _cache_file(root: str, cache_dir: str | Path | None) -> str:
+    if cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+        cache_dir = os.path.join(home, "ijepa_fast")
+    return os.path.join(cache_dir, hashlib.sha256(os.fsencode(root)).hexdigest()[:32] + ".index")
+
+
+def _save(cache_file: str, index: Index, folders: PathTable, mtimes: np.ndarray) -> None:
+    sections = {
+        "records": index.records,
+        "containers": index.containers.blob,
+        "container_offsets": index.containers.offsets,
+        "folders": folders.blob,
+        "folder_offsets": folders.offsets,
+        "mtimes": mtimes,
+    }
+    body = b"".join(_padded(array.tobytes()) for array in sections.values())
+    header = {
+        "format": _FORMAT,
+        "root": index.root,
+        "class_names": index.class_names,
+        "bytes": {name: array.nbytes for name, array in sections.items()},
+        "crc32": zlib.crc32(body),
+    }
+    line = json.dumps(header).encode()
+    os.makedirs(os.path.dirname(cache_file), exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=os.path.dirname(cache_file), suffix=".partial")
+    try:
+        with open(handle, "wb") as file:
+            file.write(_padded(line + b" " * (-(len(line) + 1) % _ALIGN) + b"\n"))
+            file.write(body)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut can leave the final name over empty blocks
+        os.replace(partial, cache_file)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % _ALIGN)
+
+
+def _load(cache_file: str, root: str) -> Index | None:
+    """The cached index, memory-mapped; None where there is none, or it is damaged, of another format or out of date."""
+    try:
+        with open(cache_file, "rb") as file:
+            line = file.readline()
+        header = json.loads(line)
+        if header["format"] != _FORMAT or header["root"] != root:
+            return None
+        data = np.memmap(cache_file, np.uint8, "r").view(np.ndarray)  # the subclass is slow to index
+        if zlib.crc32(data[len(line) :]) != header["crc32"]:
+            return None
+        sections = _sections(data, len(line), header["bytes"])
+        class_names = tuple(header["class_names"])
+    except (OSError, ValueError, KeyError, TypeError):  # a damaged line decodes to anything
+        return None
+    folders = PathTable(sections["folders"], sections["folder_offsets"].view(np.int64))
+    if not _unchanged(root, folders, sections["mtimes"].view(np.int64)):
+        return None
+    containers = PathTable(sections["containers"], sections["container_offsets"].view(np.int64))
+    return Index(root, sections["records"].view(RECORD), class_names, containers)
+
+
+def _sections(data: np.ndarray, start: int, sizes: dict[str, Any]) -> dict[str, np.ndarray]:
+    sections = {}
+    for name, size in sizes.items():
+        sections[name] = data[start : start + size]
+        start += size + -size % _ALIGN
+    return sections
+
+
+def _unchanged(root: str, folders: PathTable, mtimes: np.ndarray) -> bool:
+    """Adding, removing or renaming a file or a folder changes the modification time of the folder it lies in."""
+    where = os.fsencode(root)
+    try:
+        return all(
+            os.stat(os.path.join(where, folder)).st_mtime_ns == mtime
+            for folder, mtime in zip(folders, mtimes, strict=True)
+        )
+    except OSError:
+        return False

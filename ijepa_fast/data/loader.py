@@ -1,0 +1,241 @@
+"""Batches, prepared ahead by one background thread: order, crops, masks, pixels, and the copy to the device.
+
+What a batch holds is a function of (seed, step, rank, world size, micro-batch) alone; threads, prefetch depth and the
+step a run starts from have no influence.
+"""
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ijepa_fast.data.decoder import DecodeError, Decoder
+from ijepa_fast.data.index import Index
+from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
+from ijepa_fast.errors import UserError
+from ijepa_fast.masks import Masks, MultiBlockMasks
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank, on the loader's device."""
+
+    images: torch.Tensor  # uint8 [B, S, S, 3]
+    masks: Masks | None
+    ids: np.ndarray  # int64 [B], into the index
+    step: int  # global step, from 0
+    last: bool  # whether it completes this rank's share of the step
+
+
+class Loader:
+    """This rank's micro-batches of any range of steps.
+
+    Rank r takes the positions `[r * G / W, (r + 1) * G / W)` of each global batch of G images, cut into micro-batches
+    of `micro_batch` images (the last may be smaller). `masks=None` leaves `Batch.masks` None. `prefetch` batches wait
+    ready at most. `wait_s` adds up the seconds in which the consumer had to wait for data.
+
+    One iteration at a time; leaving it, `close()` and the context manager end the background thread, after the
+    micro-batch in hand. Reader and decoder stay the caller's, to share and to close.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        sampler: GlobalBatchSampler,
+        decoder: Decoder,
+        reader: Reader,
+        masks: MultiBlockMasks | None,
+        *,
+        image_size: int,
+        crop_scale: tuple[float, float],
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        micro_batch: int,
+        device: torch.device | str = "cpu",
+        prefetch: int = 2,
+    ):
+        if sampler.global_batch % world_size:
+            raise ValueError(f"a global batch of {sampler.global_batch} does not divide among {world_size} ranks")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        if micro_batch < 1 or prefetch < 1:
+            raise ValueError(f"micro_batch and prefetch must be at least 1, not {micro_batch} and {prefetch}")
+        self.index, self.sampler, self.decoder, self.reader, self.masks = index, sampler, decoder, reader, masks
+        self.image_size, self.crop_scale, self.seed = image_size, crop_scale, seed
+        self.device, self.prefetch = torch.device(device), prefetch
+        share = sampler.global_batch // world_size
+        first, end = rank * share, (rank + 1) * share
+        self._slices = [(start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)]
+        self.wait_s = 0.0
+        self._producer: _Producer | None = None
+
+    @property
+    def micro_batches_per_step(self) -> int:
+        return len(self._slices)
+
+    def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
+        """The micro-batches of the steps `[first_step, last_step)`, in order; preparation begins at once.
+
+        Raises what went wrong in the background, in the place of the batch it befell; `UserError` with the path for an
+        image that cannot be read or decoded.
+        """
+        self.close()
+        self._producer = _Producer(self._prepare(first_step, last_step), self.prefetch)
+        return self._consume(self._producer)
+
+    def _consume(self, producer: "_Producer") -> Iterator[Batch]:
+        try:
+            while True:
+                start = time.perf_counter()
+                item = producer.get()
+                self.wait_s += time.perf_counter() - start
+                if item is None:
+                    return
+                batch, copied = item
+                yield batch if copied is None else _receive(batch, copied)
+        finally:
+            producer.close()
+
+    def _prepare(self, first_step: int, last_step: int) -> Iterator[tuple[Batch, torch.cuda.Event | None]]:
+        """Runs in the background thread."""
+        upload = _Upload(self.device) if self.device.type == "cuda" else None
+        for share, encoded in self._read_ahead(first_step, last_step):
+            batch = self._build(share, list(encoded))
+            yield (batch, None) if upload is None else upload(batch)
+
+    def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Iterator[bytes]]]:
+        """Each micro-batch, once the reading of the one after it has begun too."""
+        before = None
+        for step in range(first_step, last_step):
+            ids = self.sampler.ids(step)
+            for start, stop in self._slices:
+                share = _Share(step, start, stop, ids[start:stop])
+                current = share, self.reader.start(share.ids)
+                if before is not None:
+                    yield before
+                before = current
+        if before is not None:
+            yield before
+
+    def _build(self, share: "_Share", encoded: list[bytes]) -> Batch:
+        step, start, stop, ids = share
+        records = self.index.records[ids]
+        epoch = self.sampler.epoch_of(step)
+        boxes = crop_boxes(self.seed, epoch, ids, records["width"], records["height"], self.crop_scale)
+        images = _decode(self.index, self.decoder, ids, encoded, boxes, self.image_size)
+        masks = None if self.masks is None else self.masks.sample(step, start, stop)
+        return Batch(images, masks, ids, step, last=stop == self._slices[-1][1])
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close()
+            self._producer = None
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class _Share(NamedTuple):
+    """Positions `[start, stop)` of the global batch of `step`, which hold the images `ids`."""
+
+    step: int
+    start: int
+    stop: int
+    ids: np.ndarray
+
+
+def eval_batches(
+    index: Index, ids: np.ndarray, decoder: Decoder, reader: Reader, image_size: int, batch: int
+) -> Iterator[torch.Tensor]:
+    """Central crops of the images `ids`, in order, `batch` at a time: uint8 `[<= batch, image_size, image_size, 3]`."""
+    ids = np.asarray(ids)
+    for first in range(0, len(ids), batch):
+        some = ids[first : first + batch]
+        records = index.records[some]
+        boxes = center_boxes(records["width"], records["height"])
+        yield _decode(index, decoder, some, reader.read(some), boxes, image_size)
+
+
+def _decode(
+    index: Index, decoder: Decoder, ids: np.ndarray, encoded: list[bytes], boxes: np.ndarray, size: int
+) -> torch.Tensor:
+    try:
+        return decoder.decode(encoded, boxes, size)
+    except DecodeError as error:
+        path = index.path(ids[error.position])
+        raise UserError(f"{path} cannot be decoded: {error.reason}; remove it, or put an intact copy there") from error
+
+
+class _Producer:
+    """Runs an iterator in a thread, up to `depth` items ahead. `get` gives None at its end and raises its errors."""
+
+    def __init__(self, items: Iterator, depth: int):
+        self._ready: queue.Queue = queue.Queue(depth)
+        self._stop = threading.Event()
+        # A daemon: an interpreter that exits without close() must not wait for a thread that waits for a consumer.
+        self._thread = threading.Thread(target=self._run, args=(items,), name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator) -> None:
+        try:
+            for item in items:
+                self._ready.put((item, None))
+                if self._stop.is_set():
+                    return
+            self._ready.put((None, None))
+        except BaseException as error:
+            self._ready.put((None, error))
+
+    def get(self) -> Any:
+        if self._stop.is_set():
+            raise RuntimeError("this iteration was ended: the loader was closed, or iterated anew")
+        item, error = self._ready.get()
+        if error is not None:
+            raise error
+        return item
+
+    def close(self) -> None:
+        """Stop the thread and wait for it. After `_stop` is set it puts once more at most; an empty queue has room."""
+        self._stop.set()
+        while not self._ready.empty():
+            self._ready.get_nowait()
+        self._thread.join()
+
+
+class _Upload:
+    """Copies batches to a CUDA device on a stream of their own, so that they do not queue behind the running step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def __call__(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+            images, masks = self._copy(batch.images), batch.masks
+            if masks is not None:
+                context, target = (packed.to(self.device, non_blocking=True) for packed in masks[:2])
+                masks = Masks(context, target, self._copy(masks.context_of))
+            copied = torch.cuda.Event()
+            copied.record()
+        return batch._replace(images=images, masks=masks), copied
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        # The allocator of pinned memory itself keeps a block until the copies out of it are done.
+        return tensor if tensor.is_cuda else tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
+    """Order the consumer's stream behind the copies, and keep their memory from reuse while that stream needs it."""
+    stream = torch.cuda.current_stream(batch.images.device)
+    stream.wait_event(copied)
+    batch.images.record_stream(stream)
+    if batch.masks is not None:
+        for tensor in (*batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of):
+            tensor.record_stream(stream)
+    return batch
