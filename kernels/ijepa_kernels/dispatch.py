@@ -7,8 +7,8 @@
     triton     Triton, and an error where it cannot run
     interpret  Triton's interpreter, on CPU tensors (tests; set it before the first import of triton)
 
-`IJEPA_KERNELS_CHECK=1` also checks the values of index tensors that live on a GPU, which makes the host wait for them.
-Those that live on the host are always checked.
+`IJEPA_KERNELS_CHECK=1` is `packed.check_packed`'s: it also checks the values of index tensors that live on a GPU, which
+makes the host wait for them. Those that live on the host are always checked.
 """
 from __future__ import annotations
 
@@ -64,9 +64,9 @@ def use_triton(x: Tensor) -> bool:
     return True
 
 
-def check_values_of(x: Tensor) -> bool:
-    """Whether to look at the values of index tensor `x`: always on the host, on a GPU under IJEPA_KERNELS_CHECK=1."""
-    return x.device.type == "cpu" or os.environ.get("IJEPA_KERNELS_CHECK") == "1"
+def outside_dispatch() -> bool:
+    """No compiler and no dispatch mode is looking: a body may be called bare, which spares its registration's cost."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 _library = torch.library.Library("ijepa", "DEF")
