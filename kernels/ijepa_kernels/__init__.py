@@ -1,0 +1,22 @@
+"""Fused ops for I-JEPA and its kin: one import each, on a GPU through Triton, on a CPU through PyTorch."""
+from .attention import varlen_attention
+from .ema import ema_update_
+from .loss import smooth_l1_loss
+from .packed import Packed
+from .patches import IMAGENET_MEAN, IMAGENET_STD, embed_patches, gather_patches
+from .predictor import predictor_tokens
+from .tokens import apply_masks, gather_tokens
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "Packed",
+    "apply_masks",
+    "ema_update_",
+    "embed_patches",
+    "gather_patches",
+    "gather_tokens",
+    "predictor_tokens",
+    "smooth_l1_loss",
+    "varlen_attention",
+]

@@ -1,0 +1,180 @@
+"""gather_patches and embed_patches against unfold and a float64 convolution."""
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed, embed_patches, gather_patches
+from packed_samples import random_packed
+
+
+def normalised(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """float64 [B, C, H, W], as torchvision's ToTensor and Normalize do it."""
+    if images.dtype != torch.uint8:
+        return images.double()
+    mean, std = (torch.tensor(v, dtype=torch.float64, device=images.device) for v in (mean, std))
+    return ((images.double() / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+def expected_patches(images, packed, patch_size, **kwargs):
+    dense = F.unfold(normalised(images, **kwargs), patch_size, stride=patch_size).transpose(1, 2)  # [B, N, C*p*p]
+    return dense.flatten(0, 1)[packed.rows(dense.shape[1])]
+
+
+def expected_tokens(images, packed, weight, bias, pos_embed):
+    dense = F.conv2d(normalised(images), weight, bias, stride=weight.shape[-1]).flatten(2).transpose(1, 2)
+    dense = dense + pos_embed
+    return dense.flatten(0, 1)[packed.rows(dense.shape[1])]
+
+
+def random_images(batch, height, width, kind, seed=0, device="cpu", channels=3):
+    g = torch.Generator().manual_seed(seed)
+    if kind == torch.uint8:
+        return torch.randint(256, (batch, height, width, channels), generator=g, dtype=kind).to(device)
+    return torch.randn(batch, channels, height, width, generator=g).to(device, kind)
+
+
+# Normalised bytes reach 2.7; fp32: a product and a sum, each rounded once, beside a scale rounded once.
+TOLERANCE = {torch.float32: 4 * 2.7 * 2**-24, torch.bfloat16: 2.7 * 2**-8, torch.float16: 2.7 * 2**-11}
+
+
+@pytest.mark.parametrize("patch_size", [14, 16, 5])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_patches(device, patch_size, kind, dtype):
+    images = random_images(2, 3 * patch_size, 4 * patch_size, kind, device=device)
+    packed = random_packed([5, 0, 12, 1], 12, 2, device=device)
+    out = gather_patches(images, packed, patch_size=patch_size, dtype=dtype)
+    assert out.dtype == dtype
+    assert out.shape == (18, 3 * patch_size**2)
+    want = expected_patches(images, packed, patch_size)
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=TOLERANCE[dtype] * (2 if kind != torch.uint8 else 1))
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_rows_are_stored_padded_with_zeros(device, patch_size):
+    images = random_images(1, 2 * patch_size, 2 * patch_size, torch.uint8, device=device)
+    out = gather_patches(images, Packed.dense(1, 4, device), patch_size=patch_size, dtype=torch.bfloat16)
+    columns = 3 * patch_size**2
+    width = {588: 592, 768: 768}[columns]
+    assert out.stride() == (width, 1)
+    stored = out.as_strided((4, width), (width, 1))
+    assert torch.equal(stored[:, columns:], torch.zeros(4, width - columns, dtype=torch.bfloat16, device=device))
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32, torch.bfloat16])
+def test_any_strides(device, kind):
+    packed = random_packed([3, 4], 6, 2, device=device)
+    images = random_images(4, 60, 40, kind, device=device)
+    channels_last = kind == torch.uint8
+    cut = images[::2, 7:52, 5:35] if channels_last else images[::2, :, 7:52, 5:35]
+    turned = cut.transpose(1, 2) if channels_last else cut.transpose(2, 3)
+    mirrored = cut.contiguous(memory_format=torch.channels_last)  # the other channel order in memory
+    one = cut[:1].expand(2, *cut.shape[1:])
+    for images in (cut, turned, mirrored, one):
+        out = gather_patches(images, packed, patch_size=15)
+        torch.testing.assert_close(out.double(), expected_patches(images, packed, 15), rtol=0, atol=1e-6)
+
+
+def test_own_mean_and_std_and_channels(device):
+    images = random_images(2, 8, 8, torch.uint8, device=device, channels=2)
+    packed = random_packed([3, 4], 4, 2, device=device)
+    own = {"mean": (0.1, 0.2), "std": (0.5, 0.25)}
+    out = gather_patches(images, packed, patch_size=4, **own)
+    torch.testing.assert_close(out.double(), expected_patches(images, packed, 4, **own), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("patch_size", "dim"), [(14, 63), (16, 192), (4, 1)])
+@pytest.mark.parametrize("kind", [torch.uint8, torch.float32])
+def test_tokens_and_gradients(device, patch_size, dim, kind):
+    images = random_images(2, 3 * patch_size, 4 * patch_size, kind, device=device)
+    packed = random_packed([5, 0, 12, 1], 12, 2, device=device)
+    g = torch.Generator().manual_seed(1)
+    shapes = [(dim, 3, patch_size, patch_size), (dim,), (1, 12, dim)]
+    leaves = [torch.randn(shape, generator=g).to(device).requires_grad_() for shape in shapes]
+    out = embed_patches(images, packed, *leaves, patch_size=patch_size)
+    leaves64 = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    want = expected_tokens(images, packed, *leaves64)
+    # Sums of up to 770 fp32 products of order 1, in any order: about sqrt(770) roundings of partial sums below 150.
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=28 * 150 * 2**-24)
+    grad = torch.randn(out.shape, generator=g).to(device)
+    out.backward(grad)
+    want.backward(grad.double())
+    for leaf, leaf64 in zip(leaves, leaves64, strict=True):
+        torch.testing.assert_close(leaf.grad.double(), leaf64.grad, rtol=0, atol=5 * 20 * 2**-24)  # 18 terms
+
+
+def test_tokens_in_bf16(device):
+    """Inputs rounded to bf16, products accumulated in fp32: as far from float64 as twice PyTorch in bf16."""
+    images = random_images(2, 28, 28, torch.uint8, device=device)
+    packed = Packed.dense(2, 4, device)
+    g = torch.Generator().manual_seed(1)
+    shapes = [(64, 3, 14, 14), (64,), (4, 64)]
+    leaves = [torch.randn(shape, generator=g).to(device).requires_grad_() for shape in shapes]
+    out = embed_patches(images, packed, *leaves, patch_size=14, dtype=torch.bfloat16)
+    assert out.dtype == torch.bfloat16
+    want = expected_tokens(images, packed, *(leaf.detach().double() for leaf in leaves))
+    low = expected_tokens(images, packed, *(leaf.detach().bfloat16().double() for leaf in leaves)).bfloat16()
+    error = (out.double() - want).abs().max()
+    assert error <= 2 * (low.double() - want).abs().max()
+    out.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+def test_two_runs_are_bitwise_equal(device):
+    images = random_images(2, 32, 32, torch.uint8, device=device)
+    packed = random_packed([4] * 12, 4, 2, device=device)
+    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in [(8, 3, 16, 16), (8,), (4, 8)]]
+    grad = torch.randn(48, 8, device=device)
+    runs = [torch.autograd.grad(embed_patches(images, packed, *leaves, patch_size=16), leaves, grad) for _ in range(2)]
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a, b)
+
+
+@settings(derandomize=True, deadline=None, max_examples=30)
+@given(st.lists(st.integers(0, 6), max_size=5), st.integers(0, 1000))
+def test_packed_equals_one_image_at_a_time(lengths, seed):
+    images = random_images(3, 8, 12, torch.uint8, seed)
+    packed = random_packed(lengths, 6, 3, seed)
+    out = gather_patches(images, packed, patch_size=4)
+    ends = packed.cu_seqlens.tolist()
+    for s, b in enumerate(packed.image.tolist()):
+        one = Packed(packed.indices[ends[s] : ends[s + 1]], torch.tensor([0, ends[s + 1] - ends[s]]).int(),
+                     torch.zeros(1, dtype=torch.int32), 6)
+        assert torch.equal(out[ends[s] : ends[s + 1]], gather_patches(images[b : b + 1], one, patch_size=4))
+
+
+def make(**change):
+    return {
+        "images": torch.zeros(2, 8, 8, 3, dtype=torch.uint8),
+        "packed": Packed.dense(2, 4),
+        "weight": torch.zeros(5, 3, 4, 4),
+        "bias": torch.zeros(5),
+        "pos_embed": torch.zeros(1, 4, 5),
+        "patch_size": 4,
+    } | change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": torch.zeros(8, 8, 3, dtype=torch.uint8)}, r"images: want a uint8 \[B, H, W, C\] tensor"),
+        ({"images": torch.zeros(2, 3, 8, 8, dtype=torch.int32)}, r"images: want a float32 or .* \[B, C, H, W\] tensor"),
+        ({"images": torch.zeros(2, 3, 8, 8, requires_grad=True)}, "images: want a tensor that requires no gradient"),
+        ({"patch_size": 3}, "images: want sides divisible by patch_size = 3, got 8 x 8"),
+        ({"mean": (0.5,)}, "mean, std: want 3 numbers each"),
+        ({"std": (0.5, 0.0, 1.0)}, "mean, std: want 3 numbers each, .* std positive"),
+        ({"dtype": torch.int32}, "dtype: want float32, bfloat16 or float16, got torch.int32"),
+        ({"packed": Packed.dense(3, 4)}, r"packed.image: want images in \[0, 1\], got 0 to 2"),
+        ({"packed": Packed.dense(2, 5)}, r"packed.indices: want patches in \[0, 3\], got 0 to 4"),
+        ({"packed": torch.arange(4)}, "packed: want a Packed"),
+        ({"weight": torch.zeros(5, 48)}, r"weight: want a .* \[D, C, p, p\] tensor, got float32 \[5, 48\]"),
+        ({"weight": torch.zeros(5, 1, 4, 4)}, r"weight: want a .* \[5, 3, 4, 4\] tensor on cpu, got"),
+        ({"bias": torch.zeros(4)}, r"bias: want a .* \[5\] tensor on cpu, got float32 \[4\]"),
+        ({"pos_embed": torch.zeros(1, 5, 5)}, r"pos_embed: want a .* \[1, 4, 5\] tensor on cpu, got"),
+        ({"pos_embed": torch.zeros(4, 5, device="meta")}, "pos_embed: want a .* on cpu, got float32 .* on meta"),
+    ],
+)
+def test_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        embed_patches(**make(**change))
