@@ -1,0 +1,170 @@
+"""Both decoders against a straightforward Pillow crop and resize, and what they do with images that are none."""
+import io
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ijepa_fast.data.decoder import DecodeError, PillowDecoder, build_decoder
+from ijepa_fast.errors import UserError
+
+SIZE = 48
+DECODERS = ["pillow", "dali"]
+
+
+@pytest.fixture(scope="module", params=DECODERS)
+def decoder(request):
+    if request.param == "dali":
+        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    decoder = build_decoder(request.param, threads=2)
+    yield decoder
+    decoder.close()
+
+
+def photo(width: int, height: int, seed: int = 0) -> Image.Image:
+    """Smooth colours with some detail: like a photograph, unlike noise, on which any two resamplers differ."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def exif_rotated() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees when shown
+    return exif
+
+
+KINDS = {
+    "jpeg": lambda im: encode(im, "JPEG", quality=90),
+    "jpeg 4:4:4": lambda im: encode(im, "JPEG", quality=95, subsampling=0),
+    "progressive": lambda im: encode(im, "JPEG", quality=90, progressive=True),
+    "gray": lambda im: encode(im.convert("L"), "JPEG", quality=90),
+    "cmyk": lambda im: encode(im.convert("CMYK"), "JPEG", quality=90),
+    "exif": lambda im: encode(im, "JPEG", quality=90, exif=exif_rotated()),
+    "png": lambda im: encode(im, "PNG"),
+    "png palette": lambda im: encode(im.quantize(64), "PNG"),
+    "png alpha": lambda im: encode(im.convert("RGBA"), "PNG"),
+    "png gray alpha": lambda im: encode(im.convert("LA"), "PNG"),
+    "webp": lambda im: encode(im, "WEBP", quality=90),
+    "bmp": lambda im: encode(im, "BMP"),
+    "tiff": lambda im: encode(im, "TIFF"),
+}
+BOXES = np.array([[0, 0, 131, 97], [10, 20, 64, 64], [101, 0, 30, 97], [5, 90, 9, 7], [0, 0, 1, 1]], np.int32)
+
+
+def straight(encoded: bytes, box, size: int = SIZE) -> np.ndarray:
+    """The whole image to RGB, then the crop, then the resize: what torchvision does with a PIL image."""
+    left, top, width, height = (int(v) for v in box)
+    image = Image.open(io.BytesIO(encoded)).convert("RGB").crop((left, top, left + width, top + height))
+    return np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_those_of_a_straight_crop_and_resize(decoder, kind):
+    encoded = KINDS[kind](photo(131, 97))
+    ours = decoder.decode([encoded] * len(BOXES), BOXES, SIZE)
+    assert ours.dtype == torch.uint8
+    assert ours.shape == (len(BOXES), SIZE, SIZE, 3)
+    theirs = np.stack([straight(encoded, box) for box in BOXES])
+    difference = np.abs(ours.numpy().astype(int) - theirs)
+    if isinstance(decoder, PillowDecoder):
+        assert difference.max() == 0
+    else:
+        # Pillow rounds to uint8 between the two directions and in its filter weights, DALI does not: one level at most.
+        # At the borders Pillow renormalises its filter and DALI repeats the last pixel: more there, on sharp edges.
+        assert difference[:, 1:-1, 1:-1].max() <= 1
+        assert difference.max() <= 4
+        assert difference.mean() < 0.3
+
+
+def test_no_pixel_outside_the_box_bleeds_in(decoder):
+    image = np.zeros((60, 60, 3), np.uint8)
+    image[20:40, 20:40] = 200
+    pixels = decoder.decode([encode(Image.fromarray(image), "PNG")] * 2,
+                            np.array([[20, 20, 20, 20], [0, 0, 20, 60]], np.int32), SIZE)
+    assert (pixels[0] == 200).all()
+    assert (pixels[1] == 0).all()
+
+
+def test_a_batch_may_mix_kinds_and_change_its_length_and_size(decoder):
+    encoded = [make(photo(131, 97, seed)) for seed, make in enumerate(KINDS.values())]
+    boxes = np.tile(np.array([[7, 5, 90, 80]], np.int32), (len(encoded), 1))
+    whole = decoder.decode(encoded, boxes, SIZE)
+    for n, size in ((3, SIZE), (len(encoded), 32), (1, SIZE), (len(encoded), SIZE)):
+        part = decoder.decode(encoded[:n], boxes[:n], size)
+        assert part.shape == (n, size, size, 3)
+        if size == SIZE:
+            assert torch.equal(part, whole[:n])
+
+
+def test_results_stay_as_they_were_when_the_next_batch_is_decoded(decoder):
+    boxes = np.array([[0, 0, 131, 97]] * 4, np.int32)
+    first = decoder.decode([encode(photo(131, 97, seed), "JPEG") for seed in range(4)], boxes, SIZE)
+    before = first.clone()
+    for seed in range(4, 24, 4):
+        decoder.decode([encode(photo(131, 97, seed + k), "JPEG") for k in range(4)], boxes, SIZE)
+    assert torch.equal(first, before)
+
+
+def test_thread_count_changes_no_pixel(decoder):
+    encoded = [make(photo(131, 97, seed)) for seed, make in enumerate(KINDS.values())]
+    boxes = np.tile(np.array([[7, 5, 90, 80]], np.int32), (len(encoded), 1))
+    other = type(decoder)(threads=3)
+    assert torch.equal(decoder.decode(encoded, boxes, SIZE), other.decode(encoded, boxes, SIZE))
+    other.close()
+
+
+def test_several_threads_may_share_a_decoder(decoder):
+    batches = [[encode(photo(131, 97, 10 * b + k), "JPEG") for k in range(3)] for b in range(6)]
+    boxes = np.array([[3, 4, 100, 80]] * 3, np.int32)
+    alone = [decoder.decode(batch, boxes, SIZE) for batch in batches]
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda batch: decoder.decode(batch, boxes, SIZE), batches))
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+GOOD = encode(photo(131, 97), "JPEG", quality=90)
+BAD = {
+    "garbage": b"\xff\xd8\xff" + b"no image at all" * 50,
+    "empty": b"",
+    "truncated": GOOD[: len(GOOD) // 2],
+    "gif": encode(photo(131, 97), "GIF"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_an_image_that_cannot_be_decoded_is_named_by_its_position(decoder, kind):
+    boxes = np.array([[0, 0, 131, 97]] * 4, np.int32)
+    with pytest.raises(DecodeError) as caught:
+        decoder.decode([GOOD, GOOD, BAD[kind], GOOD], boxes, SIZE)
+    assert caught.value.position == 2
+    assert caught.value.reason
+    assert "BytesIO" not in caught.value.reason  # an address says nothing to the user
+    assert torch.equal(decoder.decode([GOOD], boxes[:1], SIZE), decoder.decode([GOOD] * 4, boxes, SIZE)[:1])
+
+
+def test_a_box_outside_the_image_is_an_error_and_not_black_pixels(decoder):
+    boxes = np.array([[0, 0, 131, 97], [100, 0, 32, 97]], np.int32)
+    with pytest.raises(DecodeError, match="131 x 97 pixels do not hold the box") as caught:
+        decoder.decode([GOOD] * 2, boxes, SIZE)
+    assert caught.value.position == 1
+
+
+def test_a_missing_dali_is_a_user_error_when_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ijepa_fast.data.decoder_dali", None)
+    with pytest.raises(UserError, match=r"data\.decoder=pillow"):
+        build_decoder("dali", threads=1)
+    assert isinstance(build_decoder("auto", threads=1, device="cuda"), PillowDecoder)
+
+
+def test_auto_on_a_cpu_is_pillow():
+    decoder = build_decoder("auto", threads=1)
+    assert isinstance(decoder, PillowDecoder)
+    decoder.close()
