@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import register
+from .dispatch import outside_dispatch, register
 from .packed import Packed, check_packed, describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -111,11 +111,6 @@ def _scale_gradient_(gradient: Tensor, by: Tensor) -> None:
     gradient.mul_(by)
 
 
-_scale_gradient_op = register(
-    "smooth_l1_scale_gradient_(Tensor(a!) gradient, Tensor by) -> ()", _scale_gradient_, lambda gradient, by: None
-)
-
-
 def _setup_context(ctx, inputs, output):
     _, gradient = output
     ctx.mark_non_differentiable(gradient)
@@ -129,10 +124,12 @@ def _backward(ctx, grad_loss, _grad_gradient):
     if grad_loss is None:
         return None, *nothing
     gradient, *tensors = ctx.saved_tensors
+    if not outside_dispatch():
+        return (gradient * grad_loss).to(tensors[0].dtype), *nothing  # fused by a compiler, which may see no mutation
     if ctx.used:  # retain_graph: the first backward scaled the buffer and gave it away
-        gradient = _forward_op(*tensors, *ctx.arguments)[1]
+        gradient = _forward(*tensors, *ctx.arguments)[1]
     ctx.used = True
-    _scale_gradient_op(gradient, grad_loss)
+    _scale_gradient_(gradient.data, grad_loss)  # .data: a saved tensor must not change its version, see above
     return gradient.to(tensors[0].dtype), *nothing
 
 
@@ -187,4 +184,8 @@ def smooth_l1_loss(
     if isinstance(denominator, Tensor) or (denominator is not None and not denominator > 0):
         raise ValueError(f"denominator: want a Python number > 0 or None, got {denominator!r}")
     with_gradient = torch.is_grad_enabled() and pred.requires_grad
+    if denominator is not None and torch.compiler.is_compiling():
+        # To the compiler a float argument of a custom op is a constant, and the count changes with every batch.
+        mean = _forward_op(pred, target, *packed, kind, beta, normalize, eps, None, with_gradient)[0]
+        return mean * (pred.numel() / denominator)
     return _forward_op(pred, target, *packed, kind, beta, normalize, eps, denominator, with_gradient)[0]
