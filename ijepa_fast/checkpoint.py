@@ -1,0 +1,269 @@
+"""Save and load a run: torch.distributed.checkpoint in safetensors files, whole or not at all.
+
+    <run>/checkpoints/step_00000500/
+        shard-*.safetensors   encoder.*, predictor.*, target_encoder.*, optimizer.* (one file a rank)
+        checkpoint.json       step, config, versions; size and CRC-32 of every shard
+
+A checkpoint is written to a temporary folder and renamed, so one that has its name is complete; its checksums are
+verified before it is loaded. Loading runs no code from the files: tensors come from safetensors, the rest from JSON.
+A run draws no random numbers after its weights' initialisation (order, crops and masks are functions of seed and step),
+so there is no generator state to keep.
+"""
+import contextlib
+import json
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from ijepa_fast.config import Config, check_same_run, load_config
+from ijepa_fast.errors import UserError
+from ijepa_fast.parallel import World
+
+FORMAT = 1
+_FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run carries from step to step (modules not wrapped by DDP)."""
+
+    encoder: nn.Module
+    predictor: nn.Module
+    target_encoder: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def weights(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("encoder", "predictor", "target_encoder")}
+
+    def trained(self) -> nn.ModuleDict:
+        """What the optimizer steps; its parameter names key the optimizer's state."""
+        return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
+
+
+class Checkpoints:
+    """The checkpoints of one run folder."""
+
+    def __init__(self, run_folder: Path, keep_last: int, world: World):
+        self.folder = run_folder / "checkpoints"
+        self.keep_last = keep_last
+        self.world = world
+
+    def open(self, state: TrainState, config: Config, *, resume: bool, say: Callable[[str], None]) -> int:
+        """Begin in the run folder, or go on in it; returns the number of updates already done.
+
+        Raises UserError where a new run would write over an old one, where there is nothing to resume, and where the
+        config would not continue the run.
+        """
+        run_folder, kept = self.folder.parent, self.folder.parent / "config.yaml"
+        if resume:
+            if not kept.exists():
+                raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
+            check_same_run(load_config(kept)[0], config, kept)
+        elif kept.exists():
+            raise UserError(f"{run_folder} already holds a run; go on with --resume, or choose another train.folder")
+        self.world.barrier()
+        found = self.resume(state, say) if resume else None
+        done = found[0] if found else 0
+        if found:
+            say(f"resumed from {found[1]}")
+        elif resume:
+            say(f"{run_folder} holds no checkpoint yet: starting from step 0")
+        if not found and config.train.init_from is not None:
+            say(f"weights from {init_from(config.train.init_from, state, self.world)}")
+        if self.world.is_main:
+            try:
+                run_folder.mkdir(parents=True, exist_ok=True)
+                _write_durably(kept, config.to_yaml())
+            except OSError as error:
+                raise UserError(f"train.folder={run_folder} cannot be written: {error.strerror}") from None
+        return done
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending."""
+        return sorted(int(p.name.removeprefix("step_")) for p in self.folder.glob("step_" + "[0-9]" * 8))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:08d}"
+
+    def save(self, step: int, state: TrainState, config: Config) -> Path:
+        """Write the checkpoint of `step` and remove what `keep_last` leaves out.
+
+        Raises UserError where it cannot be written; what was there before is then untouched.
+        """
+        temporary, final = self.folder / f".writing_step_{step:08d}", self.path(step)
+        optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
+        tensors = {**state.weights(), "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}}
+        with self._all_or_none(step, temporary):
+            if self.world.is_main:
+                for left_over in self.folder.glob(".writing_*"):
+                    shutil.rmtree(left_over)
+                temporary.mkdir(parents=True)
+        with self._all_or_none(step, temporary), _quiet():
+            writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+            dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
+        with self._all_or_none(step, temporary):
+            if self.world.is_main:
+                about = {
+                    "format": FORMAT,
+                    "step": step,
+                    "config": config.model_dump(mode="json"),
+                    "torch": torch.__version__,
+                    "files": {p.name: _checksum(p) for p in sorted(temporary.glob("*.safetensors"))},
+                }
+                _write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
+                os.rename(temporary, final)
+                _sync_folder(self.folder)
+                for old in self.steps()[: -self.keep_last]:
+                    shutil.rmtree(self.path(old))
+        return final
+
+    @contextlib.contextmanager
+    def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
+        """A stage of `save`: where it fails on any rank, it fails on all, and the temporary folder goes."""
+        error: Exception | None = None
+        try:
+            yield
+        except (OSError, dcp.CheckpointException) as caught:
+            error = caught
+        if self.world.any(error is not None):
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            kept = f"that of step {self.steps()[-1]} is intact" if self.steps() else "there is no earlier one"
+            reason = _reason(error) if error else "another rank says why"
+            raise UserError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; {kept}; "
+                f"make room, then go on with --resume"
+            ) from None
+
+    def resume(self, state: TrainState, say: Callable[[str], None]) -> tuple[int, Path] | None:
+        """Load the latest checkpoint that is whole into `state`; its step and path, or None where there is none at all.
+
+        A damaged one is named through `say` and passed over; where all are damaged, raises UserError.
+        """
+        for step in reversed(self.steps()):
+            if problem := verify(self.path(step), self.world):
+                say(f"checkpoint passed over: {problem}")
+                continue
+            load(self.path(step), state, weights_only=False)
+            return step, self.path(step)
+        if self.steps():
+            raise UserError(f"no checkpoint in {self.folder} is whole; start anew in another train.folder")
+        return None
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """checkpoint.json of a checkpoint folder."""
+    try:
+        about = json.loads((path / "checkpoint.json").read_text())
+        if about["format"] != FORMAT:
+            raise UserError(f"{path} has checkpoint format {about['format']}; this version reads format {FORMAT}")
+        return about
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {_reason(error)}") from None
+
+
+def verify(path: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, in a sentence (None: nothing). Ranks share the reading."""
+    problem = None
+    try:
+        for i, (name, checksum) in enumerate(sorted(read_about(path)["files"].items())):
+            if i % world.size == world.rank and _checksum(path / name) != checksum:
+                raise UserError(f"{path / name} is damaged: size or checksum differ from checkpoint.json")
+    except (UserError, OSError) as error:
+        problem = str(error)
+    if not world.any(problem is not None):
+        return None
+    return problem or f"{path} is damaged (another rank says how)"
+
+
+def load(path: Path, state: TrainState, *, weights_only: bool) -> None:
+    """Copy a verified checkpoint into `state` in place, at whatever world size it was written."""
+    tensors: dict[str, Any] = state.weights()
+    if not weights_only:
+        optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
+        tensors["optimizer"] = {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    _check_shapes(path, tensors, reader.read_metadata().state_dict_metadata)
+    with _quiet():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    if not weights_only:
+        optimizer |= tensors["optimizer"]
+        set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
+
+
+def init_from(path: Path, state: TrainState, world: World) -> Path:
+    """Load the weights, and nothing else, of a checkpoint folder or of the latest checkpoint of a run folder."""
+    if not (path / "checkpoint.json").exists():
+        steps = Checkpoints(path, 1, world).steps()
+        if not steps:
+            raise UserError(f"train.init_from={path} is neither a checkpoint nor a run folder that holds one")
+        path = Checkpoints(path, 1, world).path(steps[-1])
+    if problem := verify(path, world):
+        raise UserError(f"train.init_from: {problem}")
+    load(path, state, weights_only=True)
+    return path
+
+
+def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> None:
+    for section, values in tensors.items():
+        for name, value in values.items():
+            key = f"{section}.{name}"
+            if key not in held:
+                raise UserError(f"{path} is a checkpoint of another model: it holds no {key}")
+            if tuple(held[key].size) != tuple(value.shape):
+                raise UserError(
+                    f"{path} is a checkpoint of another model: its {key} has shape {tuple(held[key].size)}, "
+                    f"the config's {tuple(value.shape)}"
+                )
+
+
+def _checksum(path: Path) -> list[int]:
+    """[size in bytes, CRC-32] of a file."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            crc = zlib.crc32(chunk, crc)
+        return [file.tell(), crc]
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename outlives a power cut only once its folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"{type(error).__name__}: {error}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """dcp warns about every save without a process group, which is how it is meant to be used here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
