@@ -1,0 +1,171 @@
+"""How good frozen features are, without training anything on them: RankMe and k-NN.
+
+The loss of I-JEPA says little (its targets move, and it is low after a collapse too), so these are what to watch.
+"""
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ijepa_fast.data.decoder import Decoder
+from ijepa_fast.data.index import Index
+from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.sampler import crop_boxes
+from ijepa_fast.errors import UserError
+from ijepa_fast.parallel import World
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+CROPS = 20  # of each half of a photograph in `crop_knn`
+HELD_OUT = 5  # one image in so many of each class is a query, the rest are the bank
+
+
+def rankme(features: Tensor) -> float:
+    """RankMe of features `[n, D]`: the exponential of the entropy of their normalised singular values.
+
+    Between 1 (collapsed) and min(n, D). Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained
+    Self-Supervised Representations by Their Rank" (arXiv 2210.02885), equation 1.
+    """
+    singular = torch.linalg.svdvals(features.double())
+    p = singular / singular.sum().clamp_min(1e-12) + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
+    """Top-1 accuracy of a weighted k-nearest-neighbour vote by cosine similarity.
+
+    Features `[n, D]` and labels int64 `[n]` of bank and queries. k = 20 (or the whole bank) and weights
+    exp(similarity / 0.07), as in Wu et al. (arXiv 1805.01978) and DINO (arXiv 2104.14294).
+    """
+    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
+    similarity, nearest = (queries @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
+    votes.scatter_add_(1, bank_labels[nearest], (similarity / TEMPERATURE).exp())
+    return float((votes.argmax(1) == labels).float().mean())
+
+
+def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split a labelled set: indices of bank and of queries, int64, every class in both where it has two images.
+
+    Takes at most `most` images, evenly over the set. Raises UserError where no class has two.
+    """
+    chosen = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).astype(np.int64))
+    bank, queries = [], []
+    for label in np.unique(labels[chosen]):
+        members = chosen[labels[chosen] == label]
+        is_query = np.arange(len(members)) % HELD_OUT == HELD_OUT - 1
+        if not is_query.any() and len(members) > 1:
+            is_query[-1] = True
+        bank.append(members[~is_query])
+        queries.append(members[is_query])
+    if not sum(map(len, queries)):
+        raise UserError(f"a k-NN probe needs a class with two images; among {len(chosen)} images there is none")
+    return np.concatenate(bank), np.concatenate(queries)
+
+
+@torch.no_grad()
+def pooled(encoder: nn.Module, images: Tensor) -> Tensor:
+    """Features of whole images, fp32 `[B, D]`: the mean over all patches, as the paper evaluates (A.2)."""
+    return encoder(images).float().mean(dim=1)
+
+
+class Probe:
+    """RankMe, and k-NN where there are labels, of one set of images, seen by all ranks together.
+
+    `split`: bank and query ids into `index`, or None for RankMe alone.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        split: tuple[np.ndarray, np.ndarray] | None,
+        ids: np.ndarray,
+        read_batches: Callable[[np.ndarray], Iterator[Tensor]],
+        world: World,
+    ):
+        self.index, self.split, self.ids, self.read_batches, self.world = index, split, ids, read_batches, world
+
+    def __call__(self, encoder: nn.Module) -> dict[str, float]:
+        """`{"rankme": ..., "knn": ...}`; the same on every rank."""
+        features = self._features(encoder)
+        values = {"rankme": rankme(features)}
+        if self.split is not None:
+            bank = len(self.split[0])
+            labels = torch.as_tensor(self.index.records["label"][self.ids].astype(np.int64), device=features.device)
+            values["knn"] = knn_accuracy(features[:bank], labels[:bank], features[bank:], labels[bank:])
+        return values
+
+    def _features(self, encoder: nn.Module) -> Tensor:
+        # Every rank takes as many images (the last are repeated), so that all make the same number of forward passes.
+        rank, size = self.world.rank, self.world.size
+        share = np.resize(self.ids, -(-len(self.ids) // size) * size)[rank::size]
+        batches = self.read_batches(share)
+        mine = torch.cat([pooled(encoder, images.to(self.world.device)) for images in batches])
+        every = self.world.gather(mine).view(size, len(share), -1)
+        return every.transpose(0, 1).flatten(0, 1)[: len(self.ids)]
+
+
+def build_probe(
+    index: Index,
+    most: int,
+    read_batches: Callable[[np.ndarray], Iterator[Tensor]],
+    world: World,
+    *,
+    must_have_labels: bool,
+) -> Probe:
+    """A probe of at most `most` images of `index`, spread evenly over it; k-NN where its classes allow it."""
+    labels = index.records["label"]
+    try:
+        if not index.class_names or (labels < 0).any():
+            raise UserError(f"{index.root} holds no class folders, which a k-NN probe needs")
+        split = held_out(labels, most)
+    except UserError:
+        if must_have_labels:
+            raise
+        ids = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(np.int64))
+        return Probe(index, None, ids, read_batches, world)
+    return Probe(index, split, np.concatenate(split), read_batches, world)
+
+
+def crop_knn(
+    encoders: dict[str, nn.Module], index: Index, decoder: Decoder, reader: Reader, *, most: int, image_size: int,
+    device: torch.device,
+) -> tuple[dict[str, float], int]:  # fmt: skip
+    """k-NN accuracy at telling which photograph a crop comes from; needs no labels.
+
+    Bank crops lie in one half of a photograph (cut across its longer side), query crops in the other, so they share no
+    pixel. Beside each encoder stand "chance" and "mean colour" (the crop's mean RGB as its feature). Also returns
+    the number of photographs: at most `most`, spread evenly over `index`.
+    """
+    ids = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(np.int64))
+    bank = _half_crops(index, ids, 0, decoder, reader, image_size)
+    queries = _half_crops(index, ids, 1, decoder, reader, image_size)
+    labels = torch.arange(len(ids), device=device).repeat_interleave(CROPS)
+    accuracy = {"chance": 1 / len(ids)}
+    colour = [(half.float().mean(dim=(1, 2)) - 127.5).to(device) for half in (bank, queries)]
+    accuracy["mean colour"] = knn_accuracy(colour[0], labels, colour[1], labels)
+    for name, encoder in encoders.items():
+        features = [
+            torch.cat([pooled(encoder, some.to(device)) for some in half.split(CROPS)]) for half in (bank, queries)
+        ]
+        accuracy[name] = knn_accuracy(features[0], labels, features[1], labels)
+    return accuracy, len(ids)
+
+
+def _half_crops(
+    index: Index, ids: np.ndarray, half: int, decoder: Decoder, reader: Reader, image_size: int
+) -> Tensor:
+    """CROPS random crops of one half of each photograph, uint8 `[len(ids) * CROPS, S, S, 3]`."""
+    crops = []
+    for encoded, record, i in zip(reader.read(ids), index.records[ids], ids, strict=True):
+        width, height = int(record["width"]), int(record["height"])
+        wide = width >= height
+        half_width, half_height = (width // 2, height) if wide else (width, height // 2)
+        sizes = np.full(CROPS, half_width), np.full(CROPS, half_height)
+        numbers = i * 2 * CROPS + half * CROPS + np.arange(CROPS)  # each crop has its own, in both halves
+        boxes = crop_boxes(0, 0, numbers, *sizes, (0.3, 1.0))
+        if half == 1:
+            boxes[:, 0 if wide else 1] += half_width if wide else half_height
+        crops.append(decoder.decode([encoded] * CROPS, boxes, image_size))
+    return torch.cat(crops)
