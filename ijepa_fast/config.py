@@ -76,6 +76,7 @@ class OptimConfig(Section):
     global_batch_size: Count = 2048
     micro_batch: Count = 128  # images a rank holds at once; gradients accumulate up to the global batch
     epochs: Count = 300
+    epoch_length: Count | None = None  # updates that count as an epoch; left out: one pass over the images
     warmup_epochs: Annotated[float, Field(ge=0)] = 40
     start_lr: float = 2e-4
     lr: float = 1e-3
@@ -106,6 +107,7 @@ class LogConfig(Section):
     every: Count = 10  # steps between two reads of the loss from the device
     probe_every: Count | None = 1000  # steps between two probes (RankMe, k-NN); null: none
     probe_images: Count = 2000  # the most images a probe looks at
+    crop_knn: Annotated[int, Field(ge=0)] = 0  # photographs in the k-NN table that ends a run; 0: none
     progress: bool = True  # the bar; without it, or where output is no terminal, a line every `every` steps
     tensorboard: bool = True
 
@@ -218,16 +220,28 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _sentence(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        sections = Config.model_fields
-        known = [*sections] + [f"{name}.{key}" for name, f in sections.items() for key in f.annotation.model_fields]
-        # A key in the wrong section is as common a mistake as a misspelt one, so the last part alone counts too.
-        last = error["loc"][-1]
-        elsewhere = [name for name in known if name.split(".")[-1] == last]
-        near = elsewhere or difflib.get_close_matches(place, known, n=1, cutoff=0.5)
-        return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "")
+        return _unknown(error["loc"])
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     if error["type"] == "value_error":
         return f"{place}: {message}" if place else message
+    if error["type"] == "tuple_type":
+        message = "should be a list of two numbers"
     return f"{place}={error['input']!r} {message}"
+
+
+def _unknown(loc: tuple[str, ...]) -> str:
+    """A sentence on an unknown key that names the nearest known one, or all there are."""
+    *parents, key = loc
+    if not parents:
+        keys = list(Config.model_fields)
+    elif parents[0] in Config.model_fields:
+        keys = list(Config.model_fields[parents[0]].annotation.model_fields)
+    place = ".".join(map(str, loc))
+    if near := difflib.get_close_matches(str(key), keys, n=1, cutoff=0.6):
+        return f"unknown key {place}; did you mean {'.'.join([*parents, near[0]])}?"
+    for section, field in Config.model_fields.items():  # the right key in the wrong section
+        if key in field.annotation.model_fields:
+            return f"unknown key {place}; did you mean {section}.{key}?"
+    return f"unknown key {place}; {'.'.join(parents) or 'the config'} has {', '.join(keys)}"

@@ -1,0 +1,112 @@
+"""Everything a config builds: data, models, optimizer, schedules, probe."""
+import copy
+
+import torch
+from torch import nn
+
+from ijepa_fast.checkpoint import TrainState
+from ijepa_fast.config import Config
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.index import build_index
+from ijepa_fast.data.loader import Loader, eval_batches
+from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.errors import UserError
+from ijepa_fast.evaluate import Probe, build_probe
+from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.model import build_encoder, build_predictor
+from ijepa_fast.optim import Schedule, build_optimizer
+from ijepa_fast.parallel import World
+
+
+class Run:
+    """One pretraining run: its data, models, optimizer and schedules, built from the config."""
+
+    def __init__(self, config: Config, world: World, *, write_cache: bool = True):
+        self.config, self.world = config, world
+        data, optim, seed = config.data, config.optim, config.train.seed
+        if optim.global_batch_size % world.size:
+            raise UserError(
+                f"optim.global_batch_size {optim.global_batch_size} does not divide among {world.size} processes"
+            )
+
+        self.masks = MultiBlockMasks(config.mask, config.grid, seed, optim.global_batch_size)
+        self.index = build_index(data.root, threads=data.threads, write_cache=write_cache)
+        if {"train", "val"} <= set(self.index.class_names):
+            raise UserError(f"data.root={data.root} holds both train and val; name one: data.root={data.root}/train")
+        self.sampler = GlobalBatchSampler(len(self.index), optim.global_batch_size, seed)
+        self.decoder = build_decoder(data.decoder, data.threads, world.device)
+        self.reader = Reader(self.index, data.threads)
+        self.loader = Loader(
+            self.index, self.sampler, self.decoder, self.reader, self.masks,
+            image_size=data.image_size, crop_scale=data.crop_scale, seed=seed, rank=world.rank, world_size=world.size,
+            micro_batch=optim.micro_batch, device=world.device,
+        )  # fmt: skip
+
+        encoder, predictor = self.random_models()
+        target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        optimizer = build_optimizer(encoder, predictor, betas=optim.betas, eps=optim.eps)
+        self.state = TrainState(encoder, predictor, target_encoder, optimizer)
+        # What the loss is computed with: the same modules, with their gradients averaged over the ranks.
+        self.encoder, self.predictor = world.wrap(encoder), world.wrap(predictor)
+        pairs = zip(target_encoder.parameters(), encoder.parameters(), strict=True)
+        pairs = [(target, source) for target, source in pairs if source.requires_grad]  # positions stay as they are
+        self.target_parameters, self.source_parameters = map(list, zip(*pairs, strict=True))
+        self.schedule = Schedule(
+            steps_per_epoch=optim.epoch_length or self.sampler.steps_per_epoch,
+            epochs=optim.epochs,
+            warmup_epochs=optim.warmup_epochs,
+            start_lr=optim.start_lr,
+            peak_lr=optim.lr,
+            final_lr=optim.final_lr,
+            start_weight_decay=optim.weight_decay,
+            final_weight_decay=optim.final_weight_decay,
+            start_momentum=optim.momentum[0],
+            final_momentum=optim.momentum[1],
+            schedule_stretch=optim.schedule_stretch,
+        )
+        self.total_steps = optim.epochs * self.schedule.steps_per_epoch
+
+    def loss_denominator(self, step: int) -> float:
+        """What a rank's part of the loss is divided by, so that the mean over ranks is that over the global batch."""
+        return self.masks.count_targets(step) * self.state.encoder.size.dim / self.world.size
+
+    def random_models(self) -> tuple[nn.Module, nn.Module]:
+        """Context encoder and predictor with the weights of step 0: a function of the seed alone, on every rank."""
+        config, model = self.config, self.config.model
+        compute = model.compute_dtype
+        if compute == "auto":
+            compute = "bfloat16" if self.world.device.type == "cuda" else "float32"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            encoder = build_encoder(
+                model.name,
+                image_size=config.data.image_size,
+                patch_size=model.patch_size,
+                compute_dtype=getattr(torch, compute),
+                residual_dtype=getattr(torch, model.residual_dtype),
+            )
+            predictor = build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
+        return encoder.to(self.world.device), predictor.to(self.world.device)
+
+    def build_probe(self) -> Probe | None:
+        """The probe of data.probe_root, or of the training images where that is not given."""
+        config, data = self.config, self.config.data
+        if config.log.probe_every is None:
+            return None
+        index, reader = self.index, self.reader
+        if data.probe_root is not None:
+            index = build_index(data.probe_root, threads=data.threads)
+            reader = Reader(index, data.threads)
+        return build_probe(
+            index,
+            config.log.probe_images,
+            lambda ids: eval_batches(index, ids, self.decoder, reader, data.image_size, config.optim.micro_batch),
+            self.world,
+            must_have_labels=data.probe_root is not None,
+        )
+
+    def close(self) -> None:
+        self.loader.close()
+        self.reader.close()
+        self.decoder.close()
