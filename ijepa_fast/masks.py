@@ -33,7 +33,7 @@ from ijepa_fast.counter_rng import uniforms
 from ijepa_fast.errors import UserError
 
 _TRIES = 20  # places tried for a context before one target fewer is kept out of it
-_PURPOSE = int.from_bytes(b"mask", "big")  # keeps our random streams apart from those of crops and order
+_PURPOSE = int.from_bytes(b"mask", "big")  # first word of our random keys: no stream is shared with order or crops
 # The streams of random numbers. Contexts come last: their k-th try is stream _CONTEXT_PLACE + k.
 _TARGET_SIZE, _TARGET_PLACE, _CONTEXT_SIZE, _SUBSET, _CONTEXT_PLACE = range(5)
 
@@ -169,7 +169,7 @@ class MultiBlockMasks:
         return _Blocks(top.astype(self._dtype), left.astype(self._dtype), height, width)
 
     def _uniforms(self, step: int, stream: int, counters: np.ndarray, draws: int) -> np.ndarray:
-        return uniforms((self.seed, _PURPOSE, step, stream), counters, draws)
+        return uniforms((_PURPOSE, self.seed, step, stream), counters, draws)
 
     def _cover(self, blocks: _Blocks) -> np.ndarray:
         """Which patches lie in a block: bool [..., N]."""
