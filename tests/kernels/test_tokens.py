@@ -1,9 +1,11 @@
 """gather_tokens and apply_masks against plain indexing in float64."""
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import Packed, apply_masks, gather_tokens
+from ijepa_kernels import tokens as op
+from op_proofs import assert_compiles_once, guarded_outputs
 from packed_samples import random_packed
 
 
@@ -52,12 +54,66 @@ def test_two_runs_are_bitwise_equal(device):
     assert torch.equal(first, second)
 
 
-@settings(derandomize=True, deadline=None, max_examples=30)
+@settings(
+    derandomize=True, deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.integers(0, 12), max_size=7), st.integers(0, 1000))
-def test_packed_equals_per_sequence(lengths, seed):
-    packed = random_packed(lengths, 12, 3, seed)
-    x = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(seed))
-    assert torch.equal(gather_tokens(x, packed), expected(x, packed))
+def test_packed_equals_per_sequence(device, lengths, seed):
+    packed = random_packed(lengths, 12, 3, seed, device)
+    x = torch.randn(3, 12, 5, generator=torch.Generator().manual_seed(seed)).to(device).requires_grad_()
+    out = gather_tokens(x, packed)
+    want = expected(x, packed)
+    assert torch.equal(out, want)
+    grads = [torch.autograd.grad(o, x, torch.ones_like(o))[0] for o in (out, want)]
+    assert torch.equal(*grads)  # sums of ones are exact
+
+
+@pytest.mark.parametrize("dim", [63, 64, 1280])
+def test_writes_its_output_and_nothing_else(kernel_device, dim, monkeypatch):
+    packed = random_packed([5, 1, 0, 16, 7], 16, 3, device=kernel_device)
+    x = torch.randn(3, 16, dim, device=kernel_device, requires_grad=True)
+    with guarded_outputs(monkeypatch):
+        out = gather_tokens(x, packed)
+        (grad,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert torch.equal(out, expected(x, packed))
+    assert not grad.isnan().any()
+
+
+def test_rows_nobody_takes_get_zero(device):
+    x = torch.randn(2, 40, 16, device=device, requires_grad=True)
+    packed = Packed.from_masks([torch.tensor([[3, 39]], device=device)], 40)
+    gather_tokens(x, packed).sum().backward()
+    want = torch.zeros(2, 40, 16, device=device)
+    want[0, [3, 39]] = 1
+    assert torch.equal(x.grad, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(device, dtype):
+    packed = random_packed([5, 0, 7], 16, 2, device=device)
+    x = torch.randn(2, 16, 24, device=device).to(dtype).requires_grad_()
+    torch.library.opcheck(op._forward_op, (x, *packed))
+    torch.library.opcheck(op._backward_op, (torch.randn(12, 24, device=device).to(dtype), *packed, 2, 16))
+
+
+def test_compiles_to_one_graph_over_changing_token_counts(device):
+    x = torch.randn(2, 16, 24, device=device, requires_grad=True)
+    packs = [random_packed(lengths, 16, 2, device=device) for lengths in ([5, 0, 7], [9, 2, 3], [1, 16, 16])]
+    assert_compiles_once(lambda x, packed: gather_tokens(x * 2, packed) * 3, [(x, packed) for packed in packs])
+
+
+@pytest.mark.gpu
+def test_beyond_2_to_the_31_elements(monkeypatch):
+    """The last image's rows lie beyond 2^31 elements, in x, in the output and in the gradient."""
+    monkeypatch.setenv("IJEPA_KERNELS", "triton")
+    batch, num_patches, dim = 8400, 256, 1024  # 2.2e9 elements, 4.4 GB in bf16
+    x = torch.empty(batch, num_patches, dim, dtype=torch.bfloat16, device="cuda")
+    x[:-1], x[-1] = 0, torch.randn(num_patches, dim, device="cuda")
+    packed = Packed.dense(batch, num_patches, "cuda")
+    out = gather_tokens(x.requires_grad_(), packed)
+    assert torch.equal(out[-num_patches:], x[-1])
+    (grad,) = torch.autograd.grad(out, x, out)
+    assert torch.equal(grad, x)
 
 
 @pytest.mark.parametrize("count", [1, 4])

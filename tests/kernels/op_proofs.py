@@ -1,0 +1,52 @@
+"""What several op tests ask of an op."""
+import contextlib
+
+import torch
+
+GUARD = 64  # elements, a multiple of 16 bytes in every dtype
+
+
+@contextlib.contextmanager
+def guarded_outputs(monkeypatch):
+    """Every `torch.empty` inside lies between two guard bands, and is poisoned: NaN, or 77 in integers.
+
+    A kernel that writes outside its output breaks a band, one that leaves an element unwritten leaves the poison.
+    """
+    empty, buffers = torch.empty, []
+
+    def guarded_empty(*size, dtype=None, device=None):
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = dtype or torch.get_default_dtype()
+        buffer = empty(shape.numel() + 2 * GUARD, dtype=dtype, device=device)
+        buffers.append(buffer.fill_(float("nan") if dtype.is_floating_point else 77))
+        return buffer[GUARD : GUARD + shape.numel()].view(shape)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", guarded_empty)
+        yield
+    assert buffers, "nothing was allocated with torch.empty"
+    for buffer in buffers:
+        for band in (buffer[:GUARD], buffer[-GUARD:]):
+            assert (band.isnan() if buffer.is_floating_point() else band == 77).all()
+
+
+def assert_compiles_once(step, inputs):
+    """`step(*args)` for each `args` of `inputs`: the compiled result and gradients equal eager ones, from one graph."""
+    graphs = []
+
+    def backend(graph, example):
+        graphs.append(graph)
+        return aot(graph, example)
+
+    aot = torch._dynamo.lookup_backend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    for args in inputs:
+        leaves = [arg for arg in args if isinstance(arg, torch.Tensor) and arg.requires_grad]
+        results = []
+        for f in (compiled, step):
+            out = f(*args)
+            results.append((out, *torch.autograd.grad(out.sum(), leaves)) if leaves else (out,))
+        for a, b in zip(*results, strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) == 1
