@@ -25,20 +25,22 @@ if os.environ.get("IJEPA_KERNELS") == "interpret" and "triton" not in sys.module
 try:
     import triton
     import triton.language as tl
+
+    HAS_TRITON = True
 except ImportError:  # Windows, macOS: the PyTorch forms are all there is
+    HAS_TRITON = False
 
     class _Missing:
-        """Lets `@triton.jit` and `tl.constexpr` be written down; nothing is ever launched."""
+        """Lets `@triton.jit` and `tl.float32` be written down; nothing is ever launched."""
 
-        constexpr = int
-
-        @staticmethod
-        def jit(fn=None, **_options):
+        def jit(self, fn=None, **_options):
             return fn if fn is not None else lambda fn: fn
+
+        def __getattr__(self, name):
+            return None
 
     triton = tl = _Missing()
 
-HAS_TRITON = hasattr(triton, "__version__")
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 MODES = ("auto", "torch", "triton", "interpret")
 

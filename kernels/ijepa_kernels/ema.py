@@ -5,20 +5,24 @@
 computed as torch.lerp computes it, `target + (1 - momentum) * (source - target)` in fp32: one rounding fewer, and exact
 where source == target. Bytes: 12 a parameter in fp32 (two reads, one write), 2 more for a bf16 copy.
 
-The target should be fp32. A bf16 target at momentum 0.996 never moves: its spacing is 2^-8 of the value, the step 2^-8
-of the difference. An fp32 one at momentum 0.9999 stops within about 2^-24 / (1 - momentum), 6e-4 of the value.
+The target should be fp32. A bf16 target at momentum 0.996 never moves: its spacing is 2^-8 of the value or more, the
+step 2^-8 of the difference. An fp32 one at momentum 0.9999 stops within about 2^-24 / (1 - momentum), 6e-4 of the value.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .dispatch import outside_dispatch, register
+from .aot import Shipped
+from .dispatch import outside_dispatch, register, tl, triton, use_triton
 from .packed import describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet
+_TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def ema_update_ref(
@@ -38,9 +42,135 @@ def _update_torch(target, source, low_precision, weight) -> None:
     if isinstance(weight, Tensor) or any(x.dtype != torch.float32 for x in (*target, *source)):
         ema_update_ref(target, source, weight, low_precision)
         return
-    torch._foreach_lerp_(target, source, weight)  # refuses mixed dtypes and a tensor for its weight
+    torch._foreach_lerp_(target, source, weight)  # refuses mixed dtypes, and a tensor as its weight
     if low_precision:
         torch._foreach_copy_(low_precision, target)
+
+
+@triton.jit
+def _ema_kernel(
+    table_ptr,  # int64 [programs, 4]: addresses of a chunk of target, source, low_precision; elements in it
+    weight,  # fp32, 1 - momentum
+    momentum_ptr,  # fp32 or fp64 [], instead of weight
+    TARGET: tl.constexpr,
+    SOURCE: tl.constexpr,
+    LOW: tl.constexpr,  # None: no copy
+    ON_DEVICE: tl.constexpr,  # momentum_ptr counts
+    CHUNK: tl.constexpr,
+):
+    row_ptr = table_ptr + tl.program_id(0) * 4
+    target_ptr = tl.load(row_ptr).to(tl.pointer_type(TARGET))
+    source_ptr = tl.load(row_ptr + 1).to(tl.pointer_type(SOURCE))
+    count = tl.load(row_ptr + 3)  # negative: a tensor that does not begin at a multiple of 16 bytes
+    if ON_DEVICE:
+        weight = (1 - tl.load(momentum_ptr)).to(tl.float32)
+    offsets = tl.arange(0, CHUNK)
+    if count == CHUNK:  # a branch of its own: even with hints, masked loads from a table's pointers are scalar
+        target_ptr = tl.multiple_of(target_ptr, 16)
+        source_ptr = tl.multiple_of(source_ptr, 16)
+        old = tl.load(target_ptr + offsets).to(tl.float32)  # [CHUNK]
+        new = old + weight * (tl.load(source_ptr + offsets).to(tl.float32) - old)
+        tl.store(target_ptr + offsets, new.to(TARGET))
+        if LOW is not None:
+            low_ptr = tl.multiple_of(tl.load(row_ptr + 2).to(tl.pointer_type(LOW)), 16)
+            tl.store(low_ptr + offsets, new.to(LOW))
+    else:
+        inside = offsets < tl.abs(count)
+        old = tl.load(target_ptr + offsets, mask=inside).to(tl.float32)
+        new = old + weight * (tl.load(source_ptr + offsets, mask=inside).to(tl.float32) - old)
+        tl.store(target_ptr + offsets, new.to(TARGET), mask=inside)
+        if LOW is not None:
+            low_ptr = tl.load(row_ptr + 2).to(tl.pointer_type(LOW))
+            tl.store(low_ptr + offsets, new.to(LOW), mask=inside)
+
+
+def shipped() -> list[Shipped]:
+    def one(target, source, low, momentum):
+        on_device = momentum is not None
+        return Shipped(
+            _ema_kernel,
+            dict(table_ptr="*i64", weight="fp32", momentum_ptr=f"*{momentum}") if on_device
+            else dict(table_ptr="*i64", weight="fp32"),
+            dict(TARGET=target, SOURCE=source, LOW=low, ON_DEVICE=on_device, CHUNK=CHUNK)
+            | ({} if on_device else dict(momentum_ptr=None)),
+            num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+    fp32, bf16 = tl.float32, tl.bfloat16
+    return [one(fp32, fp32, None, None), one(fp32, fp32, None, "fp32"), one(fp32, fp32, None, "fp64"),
+            one(fp32, fp32, bf16, None), one(fp32, bf16, None, None)]  # fmt: skip
+
+
+class _Plan(NamedTuple):
+    """What to launch for one set of lists: it holds addresses, so it is good for as long as those stay the same."""
+
+    launches: list[tuple[Tensor, dict]]  # table, constexprs; one a combination of dtypes
+    strided: list[int]  # positions of tensors that are not contiguous
+
+
+_plans: dict[tuple, _Plan] = {}
+_captured: list[_Plan] = []  # a CUDA graph keeps reading its tables
+MAX_PLANS = 16
+
+
+def _plan_of(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> _Plan:
+    tensors = target + source + low_precision
+    key = (
+        len(target),
+        *[x.data_ptr() for x in tensors],
+        *[x.numel() for x in tensors],
+        *[x.dtype for x in tensors],
+        *[x.is_contiguous() for x in tensors],
+    )
+    plan = _plans.get(key)
+    capturing = target[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if plan is None:
+        if capturing:
+            raise RuntimeError("ema_update_: call it once with these tensors before capturing a CUDA graph")
+        _check(target, source, low_precision)
+        plan = _make_plan(target, source, low_precision)
+        while len(_plans) >= MAX_PLANS:
+            del _plans[next(iter(_plans))]
+        _plans[key] = plan
+    if capturing and not any(plan is other for other in _captured):
+        _captured.append(plan)
+    return plan
+
+
+def _make_plan(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> _Plan:
+    rows, strided = {}, []
+    for i, lists in enumerate(zip(target, source, low_precision or [None] * len(target), strict=True)):
+        tensors = [x for x in lists if x is not None]
+        if not all(x.is_contiguous() for x in tensors):
+            strided.append(i)
+            continue
+        starts = torch.arange(0, target[i].numel(), CHUNK)
+        count = (target[i].numel() - starts).clamp(max=CHUNK)
+        if any(x.data_ptr() % 16 for x in tensors):
+            count = -count
+        addresses = [0 * starts if x is None else x.data_ptr() + x.element_size() * starts for x in lists]
+        dtypes = tuple(None if x is None else _TL[x.dtype] for x in lists)
+        rows.setdefault(dtypes, []).append(torch.stack([*addresses, count], 1))
+    launches = []
+    for (t, s, low), parts in rows.items():
+        table = torch.cat(parts)
+        if len(table):
+            launches.append((table.to(target[0].device), dict(TARGET=t, SOURCE=s, LOW=low)))
+    return _Plan(launches, strided)
+
+
+def _update_triton(target, source, low_precision, momentum, device_momentum) -> None:
+    plan = _plan_of(target, source, low_precision)
+    on_device = device_momentum is not None
+    with torch.cuda.device_of(target[0]):
+        for table, dtypes in plan.launches:
+            _ema_kernel[(table.shape[0],)](
+                table, 1 - momentum, device_momentum, **dtypes, ON_DEVICE=on_device, CHUNK=CHUNK, num_warps=NUM_WARPS
+            )
+    if plan.strided:
+        lists = [[x[i] for i in plan.strided] for x in (target, source, low_precision) if x]
+        ema_update_ref(*lists[:2], 1 - (device_momentum if on_device else momentum), *lists[2:])
+    torch.autograd.graph.increment_version(target + low_precision)
 
 
 def _update(
@@ -50,6 +180,9 @@ def _update(
     momentum: float,
     device_momentum: Tensor | None,
 ) -> None:
+    if use_triton(target[0]):
+        _update_triton(target, source, low_precision, momentum, device_momentum)
+        return
     _check(target, source, low_precision)
     with torch.no_grad():
         _update_torch(target, source, low_precision, 1 - (momentum if device_momentum is None else device_momentum))
@@ -64,6 +197,8 @@ _update_op = register(
 
 
 def _check(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> None:
+    if len({x.data_ptr() for x in target if x.numel()}) < sum(x.numel() > 0 for x in target):
+        raise ValueError("target: want every tensor once, got one twice (tied weights?)")
     for i, (t, s) in enumerate(zip(target, source, strict=True)):
         if t.dtype not in DTYPES:
             raise ValueError(f"target[{i}]: want a fp32, bf16 or fp16 tensor, got {describe(t)}")
@@ -117,8 +252,11 @@ def ema_update_(
     if isinstance(momentum, Tensor):
         if momentum.ndim or momentum.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"momentum: want a number or a 0-dim fp32 or fp64 tensor, got {describe(momentum)}")
-        device_momentum, momentum = momentum, 0.0
-    elif not 0 <= momentum <= 1:
+        if momentum.device.type == "cpu" and target and target[0].is_cuda:
+            momentum = momentum.item()
+        else:
+            device_momentum, momentum = momentum, 0.0
+    if device_momentum is None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum: want a number in [0, 1], got {momentum}")
     if target:
         update = _update if outside_dispatch() else _update_op

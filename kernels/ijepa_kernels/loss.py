@@ -18,11 +18,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import outside_dispatch, register
+from .aot import Shipped
+from .dispatch import outside_dispatch, register, tl, triton, use_triton
 from .packed import Packed, check_packed, describe
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("smooth_l1", "l2")
+# D rounded up to a power of two -> rows a program, warps: 32 elements a thread, so that many loads are in flight.
+# Not measured yet. A row is held in registers; wider ones run as plain PyTorch.
+TILES = {256: (8, 2), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8), 16384: (1, 16)}
+SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056  # eight programs on each of the 132 multiprocessors of an H100
+
+
+def _block(dim: int) -> int:
+    return max(triton.next_power_of_2(dim), 256)
 
 
 def smooth_l1_loss_ref(
@@ -53,11 +62,6 @@ def _denominator(pred: Tensor, denominator: float | None) -> float:
     return max(pred.numel(), 1) if denominator is None else denominator
 
 
-def _gradient_dtype(pred: Tensor) -> torch.dtype:
-    """A mean's gradient, 1 / (T * D), is below fp16's smallest number until a loss scale comes in the backward."""
-    return torch.float32 if pred.dtype == torch.float16 else pred.dtype
-
-
 def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient):
     num_patches, dim = target.shape[1:]
     rows = packed.rows(num_patches)
@@ -77,7 +81,160 @@ def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator
         loss = F.smooth_l1_loss(difference, zero, reduction="sum", beta=beta) * scale
         # beta 0 is L1: clamp(d, 0, 0) / 0 would be nan
         gradient = difference.clamp_(-beta, beta).mul_(scale / beta) if beta else difference.sign_().mul_(scale)
-    return loss, gradient.to(_gradient_dtype(pred)) if with_gradient else pred.new_empty(0)
+    return loss, _new_gradient(pred).copy_(gradient) if with_gradient else pred.new_empty(0)
+
+
+@triton.jit
+def _sequence_of(token, cu_seqlens_ptr, num_sequences, search_steps):
+    """The last sequence that begins at or before `token`, by bisection; empty ones at the same place come before it."""
+    low = token * 0
+    high = low + num_sequences - 1
+    for _ in range(search_steps):  # ceil(log2(S)); the first steps read what every program reads, from L1
+        middle = (low + high + 1) // 2
+        begun = tl.load(cu_seqlens_ptr + middle) <= token
+        low = tl.where(begun, middle, low)
+        high = tl.where(begun, high, middle - 1)
+    return low
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_sequences", "search_steps"])  # they change from batch to batch
+def _loss_fwd_kernel(
+    pred_ptr,  # [T, DIM]
+    target_ptr,  # [B, N, DIM]
+    indices_ptr,  # [T]
+    cu_seqlens_ptr,  # [S+1]
+    image_ptr,  # [S]
+    gradient_ptr,  # [T, DIM], contiguous
+    partial_ptr,  # fp32 [T], each row's share of the loss
+    num_tokens,
+    num_sequences,
+    search_steps,
+    beta,
+    eps,
+    loss_scale,
+    gradient_scale,
+    stride_pred_row,
+    stride_target_image,
+    stride_target_patch,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    KIND: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr,
+):
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+    inside = token < num_tokens
+    sequence = _sequence_of(tl.minimum(token, num_tokens - 1), cu_seqlens_ptr, num_sequences, search_steps)
+    image = tl.load(image_ptr + sequence).to(tl.int64)
+    index = tl.load(indices_ptr + token, mask=inside, other=0).to(tl.int64)
+    token = token.to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = inside[:, None] & (column < DIM)
+    target_row_ptr = target_ptr + image * stride_target_image + index * stride_target_patch
+    t = tl.load(target_row_ptr[:, None] + column, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK]
+    p = tl.load(pred_ptr + (token * stride_pred_row)[:, None] + column, mask=mask, other=0).to(tl.float32)
+    if NORMALIZE:
+        mean = tl.sum(t, 1) / DIM
+        t = tl.where(mask, t - mean[:, None], 0.0)
+        t *= (1 / tl.sqrt(tl.sum(t * t, 1) / DIM + eps))[:, None]
+    d = p - t
+    if KIND == "l2":
+        loss, c = d * d, d
+    elif KIND == "l1":
+        c = tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+        loss = tl.abs(d)
+    else:  # a nan passes both comparisons and stays one
+        c = tl.where(d > beta, beta, tl.where(d < -beta, -beta, d))
+        loss = c * (d - 0.5 * c)
+    tl.store(partial_ptr + token, tl.sum(loss, 1) * loss_scale, mask=inside)
+    if WITH_GRADIENT:
+        gradient = (c * gradient_scale).to(gradient_ptr.dtype.element_ty)
+        tl.store(gradient_ptr + (token * DIM)[:, None] + column, gradient, mask=mask)
+
+
+@triton.jit
+def _scale_kernel(
+    gradient_ptr,  # [numel], in place
+    by_ptr,  # []
+    numel,
+    BLOCK: tl.constexpr,
+):
+    by = tl.load(by_ptr).to(tl.float32)
+    if by != 1:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
+            offset = start + tl.arange(0, BLOCK)
+            mask = offset < numel
+            gradient = tl.load(gradient_ptr + offset, mask=mask).to(tl.float32)
+            tl.store(gradient_ptr + offset, (gradient * by).to(gradient_ptr.dtype.element_ty), mask=mask)
+
+
+def shipped() -> list[Shipped]:
+    """Every model's width in bf16, some in fp32 and mixed, the other kinds at one; the gradient's scaling."""
+    table = [(dim, "bf16", "bf16", "smooth_l1", True) for dim in (192, 384, 768, 1024, 1280, 1408)]
+    table += [(dim, "fp32", "fp32", "smooth_l1", True) for dim in (384, 1280, 1408)]
+    table += [(1280, "bf16", "fp32", "smooth_l1", True), (1280, "bf16", "bf16", "l2", True)]
+    table += [(1280, "bf16", "bf16", "l1", True), (1280, "bf16", "bf16", "smooth_l1", False)]
+    configurations = []
+    for dim, pred, target, kind, normalize in table:
+        block = _block(dim)
+        rows, warps = TILES[block]
+        strides = ("stride_pred_row", "stride_target_image", "stride_target_patch")
+        signature = {
+            "pred_ptr": f"*{pred}",
+            "target_ptr": f"*{target}",
+            "indices_ptr": "*i32",
+            "cu_seqlens_ptr": "*i32",
+            "image_ptr": "*i32",
+            "gradient_ptr": f"*{pred}",
+            "partial_ptr": "*fp32",
+            **dict.fromkeys(("num_tokens", "num_sequences", "search_steps"), "i32"),
+            **dict.fromkeys(("beta", "eps", "loss_scale", "gradient_scale"), "fp32"),
+            **dict.fromkeys(strides, "i32"),
+        }
+        constexprs = dict(DIM=dim, BLOCK=block, ROWS=rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=True)
+        configurations.append(Shipped(_loss_fwd_kernel, signature, constexprs, warps, divisible=strides))
+    for dtype in ("bf16", "fp32"):
+        signature = {"gradient_ptr": f"*{dtype}", "by_ptr": "*fp32", "numel": "i32"}
+        configurations.append(Shipped(_scale_kernel, signature, dict(BLOCK=SCALE_BLOCK), 8, divisible=("numel",)))
+    return configurations
+
+
+def _launch_forward(
+    pred: Tensor,
+    target: Tensor,
+    packed: Packed,
+    kind: str,
+    beta: float,
+    normalize: bool,
+    eps: float,
+    denominator: float,
+    gradient: Tensor | None,  # [T, D], filled
+    partial: Tensor,  # fp32 [T], filled
+) -> None:
+    num_tokens, dim = pred.shape
+    if kind == "smooth_l1" and beta == 0:
+        kind = "l1"
+    block = _block(dim)
+    rows, warps = TILES[block]
+    loss_scale = 1 / denominator / (beta if kind == "smooth_l1" else 1)
+    num_sequences = packed.image.shape[0]
+    with torch.cuda.device_of(pred):
+        _loss_fwd_kernel[(triton.cdiv(num_tokens, rows),)](
+            pred, target, packed.indices, packed.cu_seqlens, packed.image, gradient, partial,
+            num_tokens, num_sequences, (num_sequences - 1).bit_length(),
+            beta, eps, loss_scale, loss_scale * (2 if kind == "l2" else 1),
+            pred.stride(0), target.stride(0), target.stride(1),
+            DIM=dim, BLOCK=block, ROWS=rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=gradient is not None,
+            num_warps=warps,
+        )  # fmt: skip
+
+
+def _launch_scale(gradient: Tensor, by: Tensor) -> None:
+    programs = min(triton.cdiv(gradient.numel(), SCALE_BLOCK), SCALE_PROGRAMS)
+    with torch.cuda.device_of(gradient):
+        _scale_kernel[(programs,)](gradient, by, gradient.numel(), BLOCK=SCALE_BLOCK, num_warps=8)
 
 
 def _forward(
@@ -94,21 +251,39 @@ def _forward(
     denominator: float | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    packed = Packed(indices, cu_seqlens, image, max_seqlen)
-    return _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient)
+    packed = Packed(indices.contiguous(), cu_seqlens.contiguous(), image.contiguous(), max_seqlen)
+    if not use_triton(pred) or pred.shape[1] > max(TILES):
+        return _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient)
+    pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
+    empty = pred.new_empty(0)
+    if not pred.numel():
+        return pred.new_zeros((), dtype=torch.float32), _new_gradient(pred) if with_gradient else empty
+    gradient = _new_gradient(pred) if with_gradient else None
+    partial = pred.new_empty(pred.shape[0], dtype=torch.float32)
+    _launch_forward(
+        pred, target, packed, kind, beta, normalize, eps, _denominator(pred, denominator), gradient, partial
+    )
+    return partial.sum(), gradient if with_gradient else empty
+
+
+def _new_gradient(pred: Tensor) -> Tensor:
+    """A mean's gradient, 1 / (T * D), is below fp16's smallest number until a loss scale comes in the backward."""
+    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
+    return torch.empty_like(pred, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _forward_fake(pred, *_args):
     *_, with_gradient = _args
-    gradient = torch.empty_like(pred, dtype=_gradient_dtype(pred), memory_format=torch.contiguous_format)
-    return pred.new_empty((), dtype=torch.float32), gradient if with_gradient else pred.new_empty(0)
+    return pred.new_empty((), dtype=torch.float32), _new_gradient(pred) if with_gradient else pred.new_empty(0)
 
 
 def _scale_gradient_(gradient: Tensor, by: Tensor) -> None:
     """gradient *= by, without touching it where `by` is 1, as it is for every loss that is itself the root."""
-    if by.device.type == "cpu" and by == 1:
-        return
-    gradient.mul_(by)
+    if use_triton(gradient):
+        if gradient.numel():
+            _launch_scale(gradient, by)
+    elif by.is_cuda or by != 1:
+        gradient.mul_(by)
 
 
 def _setup_context(ctx, inputs, output):

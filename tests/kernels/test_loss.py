@@ -5,15 +5,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ijepa_kernels.loss import _forward_op, _scale_gradient_, smooth_l1_loss, smooth_l1_loss_ref
+from ijepa_kernels.loss import _forward_op, _launch_forward, _scale_gradient_, smooth_l1_loss, smooth_l1_loss_ref
 from ijepa_kernels.packed import Packed
 
 # The arithmetic is fp32 from the loaded values on, so against float64 on the same values:
 #   layer norm: mean and variance are sums of D rounded terms, added in a tree: about log2(D) half ulps; the loss adds a
 #   tree over T * D positive terms. 32 half ulps cover both up to D = 1408, with a factor of 2 in hand.
 RELATIVE = 32 * 2**-24
-# The gradient is rounded once more, to its dtype: half an ulp, a whole one where the interpreter truncates.
-STORE = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# The gradient is rounded once more, to its dtype: half an ulp, of 8 bits in bf16 and 11 in fp16.
+STORE = {torch.float32: 0.0, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def packed_of(lengths, num_patches, image, device="cpu", seed=0) -> Packed:
@@ -50,7 +50,8 @@ def assert_matches(pred, target, packed, **options):
     torch.testing.assert_close(loss.double().cpu(), want_loss, rtol=RELATIVE, atol=0)
     # Where d is near 0 the gradient's error is that of d: absolute, in units of pred and of a normalised target.
     if want_gradient.numel():
-        rtol = STORE[pred.dtype]
+        truncates = os.environ.get("IJEPA_KERNELS") == "interpret"  # Triton's interpreter does, when it stores bf16
+        rtol = STORE[pred.dtype] * (2 if truncates else 1)
         atol = 4 * RELATIVE * want_gradient.abs().max().item() + (2**-24 if pred.dtype == torch.float16 else 0)
         torch.testing.assert_close(gradient.double().cpu(), want_gradient, rtol=rtol, atol=atol)
 
@@ -125,6 +126,18 @@ def test_reads_only_the_rows_that_are_selected(device):
     guarded = torch.full((15, 48), float("nan"), device=device)
     guarded[1:14] = pred.detach()
     assert_matches(guarded[1:14].requires_grad_(), poisoned, packed)
+
+
+@pytest.mark.parametrize("dim", [1, 197, 384])
+def test_writes_only_its_rows(kernel_device, dim):
+    """Guard bands around both outputs stay as they were."""
+    pred, target, packed = inputs(kernel_device, dim=dim)
+    gradient = torch.full((15, dim), 777.0, device=kernel_device)
+    partial = torch.full((15,), 777.0, device=kernel_device)
+    _launch_forward(pred, target, packed, "l2", 1.0, True, 1e-5, 10.0, gradient[1:14], partial[1:14])
+    for guarded in (gradient, partial):
+        assert (guarded[[0, -1]] == 777).all()
+        assert (guarded[1:14] != 777).all()
 
 
 @pytest.mark.parametrize("upstream", [1.0, 0.0, -3.5, 65536.0])
