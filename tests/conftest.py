@@ -1,0 +1,89 @@
+"""A folder of photographs, a tiny config and the command line, for all tests of the driver.
+
+Nothing here imports torch or triton before a test asks for it: tests/kernels decides first how Triton runs.
+"""
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CLASSES, IMAGES_PER_CLASS = 4, 10
+
+# 6 x 6 patches and blocks of a few of them; 40 images make 5 updates an epoch, of about 0.1 s each on one core.
+TINY = """
+model: {name: vit_tiny, patch_size: 4, predictor_depth: 1, predictor_dim: 48}
+mask: {group: 4, min_keep: 1}
+data: {root: ROOT, image_size: 24, threads: 2, decoder: pillow}
+optim: {global_batch_size: 8, micro_batch: 8, epochs: 4, warmup_epochs: 1}
+parallel: {cpu_threads: 1}
+log: {every: 1, probe_every: null, tensorboard: false, progress: false}
+"""
+
+
+class Outcome(NamedTuple):
+    """What a command line left behind."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one sentence of a user's error, without its "error: "."""
+        assert self.code == 2, self
+        prefix, _, sentence = self.err.partition(" ")
+        assert prefix == "error:", self.err
+        assert sentence.count("\n") == 1, f"more than one line: {self.err}"
+        return sentence.rstrip("\n")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def write_photographs(root: Path, classes: int = CLASSES, images: int = IMAGES_PER_CLASS) -> None:
+    """`root`/class_<i>/<n>.jpg, in sizes from 40 to 80 pixels; a class shares its large shapes and its colours."""
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        folder = root / f"class_{label}"
+        folder.mkdir(parents=True)
+        shapes = rng.integers(0, 256, (5, 5, 3))
+        for number in range(images):
+            pixels = np.clip(shapes + rng.normal(0, 30, shapes.shape), 0, 255).astype(np.uint8)
+            size = tuple(int(side) for side in rng.integers(40, 81, 2))
+            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """A folder of 4 classes of 10 JPEG files each; not to be changed."""
+    root = tmp_path_factory.mktemp("photographs") / "train"
+    write_photographs(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_config(photographs, tmp_path_factory) -> Path:
+    """A YAML file that trains ViT-Ti for 4 epochs of 5 updates on `photographs`. Give it a train.folder."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(TINY.replace("ROOT", str(photographs)))
+    return path
+
+
+@pytest.fixture
+def train(tiny_config, capfd) -> Callable[..., Outcome]:
+    """`train("--resume", "optim.lr=1", ...)`: the command line with `tiny_config`, in this process."""
+    from ijepa_fast.train import main
+
+    def run(*words: str, config: Path = tiny_config) -> Outcome:
+        capfd.readouterr()
+        code = main(["--config", str(config), *words])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
