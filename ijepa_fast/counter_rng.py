@@ -14,8 +14,9 @@ _MIX2 = np.uint64(0x94D049BB133111EB)
 def uniforms(key: tuple[int, ...], counters: np.ndarray, draws: int) -> np.ndarray:
     """Uniform doubles in [0, 1), float64 `[len(counters), draws]`.
 
-    `key` is any tuple of non-negative integers, for instance (seed, purpose, step); row i depends on `key` and
-    `counters[i]` only, and draw j of it also only on j as long as `draws` is unchanged.
+    `key` is a tuple of non-negative integers, for instance (purpose, seed, step); numpy's seeding does not see zeros at
+    its end, so the keys of one purpose must have one length. Row i depends on `key` and `counters[i]` only, and draw j
+    of it also only on j as long as `draws` is unchanged.
     """
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
     counters = np.asarray(counters).astype(np.uint64)
