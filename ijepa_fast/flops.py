@@ -1,0 +1,58 @@
+"""How many floating-point operations an update takes: those of tokens that exist, none of padding or recomputation.
+
+A matrix product of [m, k] by [k, n] is 2 m k n; attention over L tokens of width D is 4 L^2 D (its two products), and a
+backward pass twice the forward, less the gradient of the pixels, which nobody takes. Norms, GELU and softmax are left
+out, as in Kaplan et al. (arXiv 2001.08361, section 2.1) and in the usual definition of model FLOPs utilisation (MFU).
+"""
+from typing import NamedTuple
+
+import numpy as np
+
+from ijepa_fast.model import Size
+
+
+class StepFlops(NamedTuple):
+    """FLOPs of the parts of an update; `context` and `predictor` forward and backward, `target` forward alone."""
+
+    target: float
+    context: float
+    predictor: float
+
+    @property
+    def total(self) -> float:
+        return self.target + self.context + self.predictor
+
+
+def step_flops(
+    encoder: Size,
+    predictor: Size,
+    patch_size: int,
+    *,
+    images: int,
+    patches: int,
+    context_lengths: np.ndarray,
+    target_lengths: np.ndarray,
+    context_of: np.ndarray,
+) -> StepFlops:
+    """Of `images` images with `patches` patches each, and context and target sequences of these lengths (any shapes
+    `[S_ctx]`, `[S_tgt]`; `context_of` `[S_tgt]` as in `Masks`). Lengths may be means: then so is the result, nearly."""
+    context, target = np.asarray(context_lengths, float), np.asarray(target_lengths, float)
+    embed = 2 * 3 * patch_size**2 * encoder.dim
+    dense = np.full(images, float(patches))
+    forward_target = embed * dense.sum() + encoder.depth * _block(encoder, dense, dense)
+    forward_context = encoder.depth * _block(encoder, context, context)
+    both = context[np.asarray(context_of)] + target
+    forward_predictor = (
+        2 * encoder.dim * predictor.dim * (context.sum() + target.sum())  # predictor_embed and predictor_proj
+        + (predictor.depth - 1) * _block(predictor, both, both)
+        + _block(predictor, both, target)  # the last block finishes the mask tokens alone
+    )
+    return StepFlops(forward_target, 3 * forward_context + 2 * embed * context.sum(), 3 * forward_predictor)
+
+
+def _block(size: Size, lengths: np.ndarray, finished: np.ndarray) -> float:
+    """Forward of one block over sequences of `lengths`, of which `finished` tokens go through projection and MLP."""
+    qkv = 2 * 3 * size.dim**2 * lengths.sum()
+    attention = 4 * size.dim * (lengths**2).sum()
+    rest = 2 * (size.dim**2 + 2 * size.dim * size.mlp_dim) * finished.sum()
+    return float(qkv + attention + rest)
