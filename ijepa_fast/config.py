@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from ijepa_fast.errors import UserError
 
@@ -19,6 +19,13 @@ Count = Annotated[int, Field(ge=1)]
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"{value} is a truth value, which this key does not take")
+        return value
 
 
 class ModelConfig(Section):
@@ -159,8 +166,8 @@ def check_same_run(old: Config, new: Config, where: Path) -> None:
     """Raise a `UserError` naming the first key in which `new` would not continue the run that wrote `old`."""
     for section, free in _EXACT.items():
         before, after = getattr(old, section).model_dump(mode="json"), getattr(new, section).model_dump(mode="json")
-        for key in before.keys() - free:
-            if before[key] != after[key]:
+        for key in before:
+            if key not in free and before[key] != after[key]:
                 raise UserError(
                     f"{where} was written with {section}.{key}={before[key]}, not {after[key]}: "
                     f"resume with the old value, or start anew in another train.folder"
