@@ -1,0 +1,293 @@
+"""The config: recipes hold the published numbers, and every mistake is one sentence that says what would be right."""
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ijepa_fast.config import Config, check_same_run, load_config, validate
+from ijepa_fast.errors import UserError
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# recipe: model, patch, pixels, epochs, warm-up, predictor depth, batch of one GPU, number of GPUs. The released files
+# and, for B/16 and L/16, the paper's table 8 (arXiv 2301.08243), which has neither of the last two.
+PUBLISHED = {
+    "vith14_in1k": ("vit_huge", 14, 224, 300, 40, 12, 128, 16),
+    "vith16_448_in1k": ("vit_huge", 16, 448, 300, 40, 12, 16, 128),
+    "vith14_in22k": ("vit_huge", 14, 224, 66, 3, 12, 32, 64),
+    "vitg16_in22k": ("vit_giant", 16, 224, 44, 3, 16, 16, 128),
+    "vitl16_in1k": ("vit_large", 16, 224, 600, 40, 12, None, None),
+    "vitb16_in1k": ("vit_base", 16, 224, 600, 40, 6, None, None),
+}
+RECIPES = [*PUBLISHED, "vits16_in1k"]
+
+
+def load(text: str, *overrides: str, folder: Path) -> Config:
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return load_config(path, overrides)[0]
+
+
+def mistake(text: str, *overrides: str, folder: Path) -> str:
+    """The sentence that `text` with `overrides` is refused with."""
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides, folder=folder)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_every_recipe_is_there():
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*RECIPES, "demo"}
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_recipe_has_the_published_numbers(recipe):
+    config, notes = load_config(CONFIGS / f"{recipe}.yaml")
+    assert notes == []
+    name, patch, pixels, epochs, warmup, depth, gpu_batch, gpus = PUBLISHED[recipe]
+    model, mask, data, optim = config.model, config.mask, config.data, config.optim
+    assert (model.name, model.patch_size, model.predictor_depth, model.predictor_dim) == (name, patch, depth, 384)
+    assert (data.image_size, data.crop_scale) == (pixels, (0.3, 1.0))
+    assert (optim.epochs, optim.warmup_epochs, optim.global_batch_size) == (epochs, warmup, 2048)
+    if gpus is not None:
+        assert gpu_batch * gpus == 2048
+        assert mask.group == gpu_batch
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_has_what_all_published_runs_share(recipe):
+    config, _ = load_config(CONFIGS / f"{recipe}.yaml")
+    mask, optim = config.mask, config.optim
+    assert (mask.sampler, mask.collate, mask.views, mask.max_keep) == ("reference", "truncate", 1, None)
+    assert (mask.num_contexts, mask.context_scale) == (1, (0.85, 1.0))
+    assert (mask.num_targets, mask.target_scale, mask.target_aspect) == (4, (0.15, 0.2), (0.75, 1.5))
+    assert (mask.min_keep, mask.allow_overlap) == (10, False)
+    assert (optim.start_lr, optim.lr, optim.final_lr) == (2e-4, 1e-3, 1e-6)
+    assert (optim.weight_decay, optim.final_weight_decay) == (0.04, 0.4)
+    assert (optim.betas, optim.eps, optim.momentum) == ((0.9, 0.999), 1e-8, (0.996, 1.0))
+    assert (optim.loss, optim.schedule_stretch, optim.epoch_length) == ("smooth_l1", 1.0, None)
+    assert (config.model.compute_dtype, config.model.residual_dtype) == ("auto", "float32")
+    assert config.train.folder == Path("runs") / recipe
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipe_names_the_ragged_alternative(recipe):
+    text = (CONFIGS / f"{recipe}.yaml").read_text()
+    assert any("ragged" in line.partition("#")[2] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("recipe", [*RECIPES, "demo"])
+def test_recipe_spells_out_only_known_sections_and_loads_back(recipe, tmp_path):
+    config, _ = load_config(CONFIGS / f"{recipe}.yaml")
+    assert load(config.to_yaml(), folder=tmp_path) == config
+
+
+def test_demo_keeps_the_grid_of_the_real_recipes():
+    assert load_config(CONFIGS / "demo.yaml")[0].grid == load_config(CONFIGS / "vitb16_in1k.yaml")[0].grid == 14
+
+
+def test_overrides_are_yaml_values(tmp_path):
+    config = load(
+        "data: {root: a}",
+        "optim.lr=1e-4",  # no float in YAML 1.1, and still a number
+        "optim.epochs=7",
+        "mask.target_scale=[0.1, 0.3]",
+        "mask.allow_overlap=true",
+        "mask.group=64",
+        "log.probe_every=null",
+        "data.root=/b=c/ d",
+        "train.init_from=x",
+        folder=tmp_path,
+    )
+    assert (config.optim.lr, config.optim.epochs, config.mask.group) == (1e-4, 7, 64)
+    assert config.mask.target_scale == (0.1, 0.3)
+    assert config.mask.allow_overlap is True
+    assert config.log.probe_every is None
+    assert config.data.root == Path("/b=c/ d")
+    assert config.train.init_from == Path("x")
+
+
+def test_the_last_override_of_a_key_counts(tmp_path):
+    assert load("data: {root: a}", "optim.lr=1", "optim.lr=2", folder=tmp_path).optim.lr == 2
+
+
+@pytest.mark.parametrize("override", ["optim.lr", "lr=1", "optim.=1", ".lr=1", "=", "", "--lr"])
+def test_malformed_override(override, tmp_path):
+    sentence = mistake("data: {root: a}", override, folder=tmp_path)
+    assert repr(override) in sentence
+    assert "section.key=value" in sentence
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("optim.learning_rate", "optim has global_batch_size"),  # nothing near: all there are
+        ("optim.epoch", "optim.epochs"),
+        ("optim.warmup_epoch", "optim.warmup_epochs"),
+        ("model.patchsize", "model.patch_size"),
+        ("mask.num_target", "mask.num_targets"),
+        ("data.crop_size", "data.crop_scale"),
+        ("train.lr", "optim.lr"),  # the right key in the wrong section
+        ("optim.seed", "train.seed"),
+        ("optimizer.lr", "optim"),
+    ],
+)
+def test_unknown_key_names_the_nearest_known_one(key, nearest, tmp_path):
+    sentence = mistake("data: {root: a}", f"{key}=1", folder=tmp_path)
+    assert f"unknown key {key if not key.startswith('optimizer') else 'optimizer'};" in sentence
+    assert nearest in sentence
+
+
+def test_every_unknown_key_is_named_at_once(tmp_path):
+    sentence = mistake("data: {root: a, foo: 1}\noptim: {bar: 2}", folder=tmp_path)
+    assert "data.foo" in sentence
+    assert "optim.bar" in sentence
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optim.epochs=many", ["optim.epochs='many'", "integer"]),
+        ("optim.epochs=1.5", ["optim.epochs=1.5", "integer"]),
+        ("optim.epochs=0", ["optim.epochs=0", "greater than or equal to 1"]),
+        ("optim.epochs=true", ["optim.epochs: True is a truth value"]),  # and to Python 1
+        ("optim.lr=fast", ["optim.lr='fast'", "number"]),
+        ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
+        ("optim.lr=false", ["optim.lr: False is a truth value"]),
+        ("optim.momentum=0.9", ["optim.momentum=0.9", "list of two numbers"]),
+        ("optim.momentum=[0.9]", ["optim.momentum"]),
+        ("optim.betas=[0.9, high]", ["optim.betas.1='high'", "number"]),
+        ("model.name=vit_enormous", ["model.name='vit_enormous'", "'vit_giant'"]),
+        ("mask.allow_overlap=maybe", ["mask.allow_overlap='maybe'", "boolean"]),
+        ("mask.views=[1]", ["mask.views=[1]", "integer"]),
+        ("data.root=[a]", ["data.root=['a']", "path"]),
+        ("data.root=null", ["data.root=None", "path"]),
+        ("train.seed=-1", ["train.seed=-1", "greater than or equal to 0"]),
+        ("mask.target_scale=[0.2, 0.1]", ["target_scale", "0 < low <= high <= 1"]),
+        ("mask.context_scale=[0.5, 1.5]", ["context_scale", "<= 1"]),
+        ("mask.target_aspect=[0, 1]", ["target_aspect", "0 < low <= high"]),
+        ("mask.max_keep=50", ["max_keep", "ragged"]),
+        ("data.crop_scale=[0, 1]", ["data", "crop_scale", "0 < low"]),
+        ("optim.schedule_stretch=0.5", ["optim.schedule_stretch=0.5", "greater than or equal to 1"]),
+        ("data.image_size=225", ["data.image_size 225", "not divisible", "model.patch_size 16"]),
+        ("mask.group=100", ["mask.group 100", "optim.global_batch_size 2048", "mask.group=4"]),
+    ],
+)
+def test_wrong_value(override, words, tmp_path):
+    sentence = mistake("data: {root: a}", override, folder=tmp_path)
+    for word in words:
+        assert word in sentence
+
+
+def test_ragged_contexts_need_no_group_that_divides(tmp_path):
+    load("data: {root: a}", "mask.group=100", "mask.collate=ragged", folder=tmp_path)
+
+
+def test_suggested_group_is_accepted(tmp_path):
+    load("data: {root: a}", "mask.group=4", folder=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["must hold sections", "data"]),
+        ("- a\n- b", ["must hold sections"]),
+        ("just words", ["must hold sections", "'just words'"]),
+        ("data: {root: [}", ["not YAML"]),
+        ("data: {root: a}\n\tx: 1", ["not YAML"]),
+        ("\x00", ["not YAML"]),
+        ("{}", ["data is missing"]),
+        ("data: {image_size: 224}", ["data.root is missing"]),
+        ("data: 5", ["data=5"]),
+        ("data: {root: a}\noptim:", ["optim"]),
+        ("data: {root: a}\n5: 6", ["Keys should be strings"]),
+    ],
+)
+def test_file_that_is_no_config(text, words, tmp_path):
+    sentence = mistake(text, folder=tmp_path)
+    assert str(tmp_path / "config.yaml") in sentence
+    for word in words:
+        assert word in sentence
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(UserError, match=r"config .*/none\.yaml cannot be read: No such file or directory"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="cannot be read: Is a directory"):
+        load_config(tmp_path)
+
+
+def test_override_of_what_is_no_section(tmp_path):
+    assert "section data" in mistake("data: 5", "data.root=a", folder=tmp_path)
+
+
+# For every key, a value that is not the default.
+OTHER = {
+    "model": {
+        "name": "vit_base", "patch_size": 8, "predictor_depth": 5, "predictor_dim": 192, "compute_dtype": "bfloat16",
+        "residual_dtype": "bfloat16",
+    },
+    "mask": {
+        "sampler": "corrected", "collate": "ragged", "group": 64, "views": 2, "max_keep": 99, "min_keep": 9,
+        "num_contexts": 2, "num_targets": 3, "context_scale": [0.8, 1.0], "target_scale": [0.1, 0.2],
+        "target_aspect": [1.0, 1.5], "allow_overlap": True,
+    },
+    "data": {
+        "root": "b", "probe_root": "c", "image_size": 448, "crop_scale": [0.4, 1.0], "decoder": "dali", "threads": 3,
+    },
+    "optim": {
+        "global_batch_size": 1024, "micro_batch": 64, "epochs": 100, "epoch_length": 10, "warmup_epochs": 5,
+        "start_lr": 1e-4, "lr": 2e-3, "final_lr": 1e-5, "weight_decay": 0.05, "final_weight_decay": 0.3,
+        "betas": [0.9, 0.95], "eps": 1e-6, "momentum": [0.99, 1.0], "schedule_stretch": 1.25, "loss": "l2",
+    },
+    "train": {"folder": "elsewhere", "seed": 1, "init_from": "x", "checkpoint_every": 5, "keep_last": 1},
+    "parallel": {"strategy": "ddp", "cpu_threads": 2},
+    "log": {
+        "every": 1, "probe_every": 5, "probe_images": 10, "crop_knn": 4, "progress": False, "tensorboard": False,
+    },
+}  # fmt: skip
+# What a run may be resumed with; every key that is not named here decides what is computed.
+FREE = {
+    *(("parallel", key) for key in OTHER["parallel"]),
+    *(("log", key) for key in OTHER["log"]),
+    *(("data", key) for key in ("probe_root", "decoder", "threads")),
+    *(("train", key) for key in ("folder", "init_from", "checkpoint_every", "keep_last")),
+    ("optim", "micro_batch"),
+}
+KEYS = [(section, key) for section, keys in OTHER.items() for key in keys]
+
+
+def test_the_table_above_has_every_key():
+    fields = Config.model_fields
+    assert {s: set(keys) for s, keys in OTHER.items()} == {s: set(f.annotation.model_fields) for s, f in fields.items()}
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS)
+def test_a_resumed_run_may_change_only_what_does_not_count(section, key):
+    base = {"data": {"root": "a"}, "mask": {"collate": "ragged" if key == "max_keep" else "truncate"}}
+    changed = {**base, section: {**base.get(section, {}), key: OTHER[section][key]}}
+    old, new = validate(base, "old"), validate(changed, "new")
+    assert old != new
+    if (section, key) in FREE:
+        check_same_run(old, new, Path("runs/x/config.yaml"))
+        return
+    with pytest.raises(UserError) as caught:
+        check_same_run(old, new, Path("runs/x/config.yaml"))
+    sentence = str(caught.value)
+    assert sentence.startswith("runs/x/config.yaml was written with ")
+    assert f"{section}.{key}=" in sentence
+    assert "\n" not in sentence
+
+
+def test_the_first_key_that_differs_is_named_the_same_each_time():
+    old = validate({"data": {"root": "a"}}, "old")
+    new = validate({"data": {"root": "b"}, "optim": {"epochs": 5, "lr": 1.0}}, "new")
+    with pytest.raises(UserError, match=r"optim\.epochs=300, not 5"):
+        check_same_run(old, new, Path("x"))
+
+
+def test_values_survive_yaml(tmp_path):
+    config = validate({"data": {"root": "a"}, **{s: OTHER[s] for s in OTHER if s != "data"}}, "other")
+    assert yaml.safe_load(config.to_yaml())["optim"]["momentum"] == [0.99, 1.0]
+    assert load(config.to_yaml(), folder=tmp_path) == config
