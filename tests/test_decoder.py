@@ -150,11 +150,37 @@ def test_an_image_that_cannot_be_decoded_is_named_by_its_position(decoder, kind)
     assert torch.equal(decoder.decode([GOOD], boxes[:1], SIZE), decoder.decode([GOOD] * 4, boxes, SIZE)[:1])
 
 
-def test_a_box_outside_the_image_is_an_error_and_not_black_pixels(decoder):
-    boxes = np.array([[0, 0, 131, 97], [100, 0, 32, 97]], np.int32)
+@pytest.mark.parametrize("box", [(100, 0, 32, 97), (0, 1, 131, 97), (-1, 0, 30, 30), (0, -1, 30, 30)])
+def test_a_box_outside_the_image_is_an_error_and_not_black_pixels(decoder, box):
+    boxes = np.array([(0, 0, 131, 97), box], np.int32)
     with pytest.raises(DecodeError, match="131 x 97 pixels do not hold the box") as caught:
         decoder.decode([GOOD] * 2, boxes, SIZE)
     assert caught.value.position == 1
+
+
+@pytest.fixture
+def dali():
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    decoder = build_decoder("dali", threads=2)
+    yield decoder
+    decoder.close()
+
+
+def test_good_images_never_take_dalis_slow_way(dali, monkeypatch):
+    monkeypatch.setattr(dali, "_alone", lambda *_: pytest.fail("a good batch was decoded one by one"))
+    for n in (2, 7, 3, 9):  # more than the first pipeline was made for
+        dali.decode([GOOD] * n, np.array([[0, 0, 131, 97]] * n, np.int32), SIZE)
+
+
+def test_what_dali_refuses_pillow_decodes_and_dali_goes_on(dali):
+    refused = encode(photo(131, 97), "TIFF", compression="lzma")
+    boxes = np.array([[3, 4, 90, 80]] * 3, np.int32)
+    good = dali.decode([GOOD] * 2, boxes[:2], SIZE)
+    assert not np.array_equal(good[0], straight(GOOD, boxes[0]))  # so DALI's pixels can be told from Pillow's
+    mixed = dali.decode([GOOD, refused, GOOD], boxes, SIZE)
+    assert torch.equal(mixed[::2], good)
+    assert np.array_equal(mixed[1], straight(refused, boxes[1]))
+    assert torch.equal(dali.decode([GOOD] * 2, boxes[:2], SIZE), good)
 
 
 def test_a_missing_dali_is_a_user_error_when_asked_for_by_name(monkeypatch):

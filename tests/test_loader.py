@@ -277,6 +277,7 @@ loader = Loader(index, GlobalBatchSampler(len(index), 10, 0), PillowDecoder(2), 
                 image_size=32, crop_scale=(0.3, 1.0), seed=0, micro_batch=5)
 batches = loader.batches(0, 10**9)
 next(batches)
+time.sleep(0.5)  # the queue is full now, and its thread waits
 print("running", flush=True)
 if sys.argv[3] == "interrupt":
     for batch in batches:

@@ -2,6 +2,7 @@
 
 The released recipe crops with Pillow and resizes bilinear with antialiasing; both decoders do, DALI within one grey
 level away from the borders. The crop comes before the resize, so no pixel outside the box has a part in the result.
+Files of more than 8 bits a channel are the exception: Pillow clips them, as it does in the released code; DALI scales.
 """
 import io
 from concurrent.futures import ThreadPoolExecutor
