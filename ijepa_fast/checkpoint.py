@@ -122,6 +122,10 @@ class Checkpoints:
                     "files": {p.name: _checksum(p) for p in sorted(temporary.glob("*.safetensors"))},
                 }
                 _write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
+                # Damaged ones, which `resume` passed over: in the way of this one or of `keep_last`'s count.
+                for passed_over in self.steps():
+                    if passed_over >= step:
+                        shutil.rmtree(self.path(passed_over))
                 os.rename(temporary, final)
                 _sync_folder(self.folder)
                 for old in self.steps()[: -self.keep_last]:
@@ -168,6 +172,8 @@ def read_about(path: Path) -> dict[str, Any]:
         about = json.loads((path / "checkpoint.json").read_text())
         if about["format"] != FORMAT:
             raise UserError(f"{path} has checkpoint format {about['format']}; this version reads format {FORMAT}")
+        if missing := {"step", "config", "files"} - about.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return about
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {_reason(error)}") from None
