@@ -1,0 +1,424 @@
+"""Checkpoints: bitwise round trips, whole or not at all, damage passed over by name, nothing in them that runs."""
+import contextlib
+import copy
+import json
+import os
+import resource
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ijepa_fast import checkpoint
+from ijepa_fast.checkpoint import Checkpoints, TrainState, init_from, verify
+from ijepa_fast.config import Config, validate
+from ijepa_fast.errors import UserError
+from ijepa_fast.parallel import World
+
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), ddp=False)
+CONFIG = validate({"data": {"root": "photographs"}}, "test")
+
+
+class Model(nn.Module):
+    """A matrix, a bias, a norm and a frozen table, as the encoders have."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fc = nn.Linear(width, 3)
+        self.norm = nn.LayerNorm(3)
+        self.pos_embed = nn.Parameter(torch.randn(1, 5, 3), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.fc(x)) + self.pos_embed.mean((0, 1))
+
+
+def new_state(seed: int, width: int = 4, updates: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    encoder, predictor = Model(width), nn.Linear(3, 2)
+    trained = [p for p in (*encoder.parameters(), *predictor.parameters()) if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    state = TrainState(
+        encoder, predictor, copy.deepcopy(encoder).requires_grad_(False), torch.optim.AdamW(groups, lr=0.1, fused=True)
+    )
+    for n in range(updates):
+        update(state, n)
+    return state
+
+
+def update(state: TrainState, n: int) -> None:
+    x = torch.randn(7, state.encoder.fc.in_features, generator=torch.Generator().manual_seed(n))
+    state.predictor(state.encoder(x)).square().sum().backward()
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    with torch.no_grad():
+        for target, source in zip(state.target_encoder.parameters(), state.encoder.parameters(), strict=True):
+            target.lerp_(source, 0.1)
+
+
+def tensors(state: TrainState) -> dict[str, Tensor]:
+    """Everything that has to survive, by name."""
+    named = {f"{part}.{name}": t for part, weights in state.weights().items() for name, t in weights.items()}
+    for i, values in state.optimizer.state_dict()["state"].items():
+        named |= {f"optimizer.{i}.{name}": value for name, value in values.items()}
+    return named
+
+
+def same(a: TrainState, b: TrainState) -> bool:
+    a, b = tensors(a), tensors(b)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+@pytest.fixture
+def run(tmp_path) -> Checkpoints:
+    return Checkpoints(tmp_path / "run", keep_last=3, world=ALONE)
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory) -> tuple[Path, TrainState, TrainState]:
+    """A run folder with checkpoints of steps 2 and 5, and the state at each."""
+    folder = tmp_path_factory.mktemp("template") / "run"
+    run = Checkpoints(folder, keep_last=3, world=ALONE)
+    state = new_state(0, updates=2)
+    early = copy.deepcopy(state)
+    run.save(2, state, CONFIG)
+    for n in (2, 3, 4):
+        update(state, n)
+    run.save(5, state, CONFIG)
+    return folder, early, state
+
+
+@pytest.fixture
+def two(run, template) -> tuple[Checkpoints, TrainState, TrainState]:
+    """A copy of `template` of one's own."""
+    folder, *states = template
+    shutil.copytree(folder, run.folder.parent)
+    return run, *copy.deepcopy(states)
+
+
+def shard(path: Path) -> Path:
+    (only,) = path.glob("*.safetensors")
+    return only
+
+
+def test_round_trip_is_bitwise(two):
+    run, _, state = two
+    said = []
+    loaded = new_state(1)
+    assert run.resume(loaded, said.append) == (5, run.path(5))
+    assert said == []
+    assert same(loaded, state)
+    assert any(name.endswith(".step") for name in tensors(loaded))
+    # And what comes after is the same too: nothing that an update needs was left behind.
+    update(state, 5)
+    update(loaded, 5)
+    assert same(loaded, state)
+
+
+def test_loading_replaces_the_state_of_a_run_that_has_one(two):
+    run, _, state = two
+    loaded = new_state(1, updates=3)
+    run.resume(loaded, print)
+    assert same(loaded, state)
+
+
+def test_loading_keeps_the_tensors_in_place(two):
+    run, _, _ = two
+    loaded = new_state(1)
+    before = [p.data_ptr() for p in loaded.encoder.parameters()]
+    run.resume(loaded, print)
+    assert [p.data_ptr() for p in loaded.encoder.parameters()] == before
+
+
+def test_keep_last(run):
+    state = new_state(0, updates=1)
+    for step in range(1, 6):
+        run.save(step, state, CONFIG)
+    assert run.steps() == [3, 4, 5]
+    assert sorted(path.name for path in run.folder.iterdir()) == [f"step_{step:08d}" for step in (3, 4, 5)]
+
+
+def test_steps_sort_as_numbers_and_ignore_what_is_no_checkpoint(run):
+    for name in ("step_00000010", "step_00000009", "step_1", ".writing_step_00000011", "notes"):
+        (run.folder / name).mkdir(parents=True)
+    assert run.steps() == [9, 10]
+
+
+def test_nothing_in_a_checkpoint_can_run(two):
+    path = two[0].path(5)
+    assert {p.name for p in path.iterdir()} == {"checkpoint.json", shard(path).name}
+    about = json.loads((path / "checkpoint.json").read_text())
+    assert about["step"] == 5
+    assert Config.model_validate(about["config"]) == CONFIG
+    data = shard(path).read_bytes()  # a safetensors file: length of the header, header in JSON, raw tensors
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    header.pop("__metadata__", None)
+    assert len(data) == 8 + length + sum(end - start for start, end in (t["data_offsets"] for t in header.values()))
+    assert {name.partition(".")[0] for name in header} == {"encoder", "predictor", "target_encoder", "optimizer"}
+
+
+def test_a_crash_while_writing_leaves_the_previous_one(two, monkeypatch):
+    run, _, state = two
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*args):
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", crash)
+        with pytest.raises(Crash):
+            run.save(9, new_state(3, updates=1), CONFIG)
+    assert run.steps() == [2, 5]
+    assert list(run.folder.glob(".writing_*"))
+
+    loaded = new_state(1)
+    assert run.resume(loaded, print) == (5, run.path(5))
+    assert same(loaded, state)
+
+    run.save(6, state, CONFIG)
+    assert not list(run.folder.glob(".writing_*"))
+    assert run.steps() == [2, 5, 6]
+
+
+def test_it_gets_its_name_only_when_all_of_it_is_written(two, monkeypatch):
+    run, _, state = two
+    written = []
+    rename = os.rename
+
+    def watch(source, target):
+        written.append({path.name for path in Path(source).iterdir()})
+        assert not Path(target).exists()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watch)
+    run.save(6, state, CONFIG)
+    assert written == [{path.name for path in run.path(6).iterdir()}]
+
+
+def truncate(path: Path) -> None:
+    os.truncate(shard(path), shard(path).stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(shard(path).read_bytes())
+    data[-5] ^= 4
+    shard(path).write_bytes(data)
+
+
+def remove_shard(path: Path) -> None:
+    shard(path).unlink()
+
+
+def empty_shard(path: Path) -> None:
+    shard(path).write_bytes(b"")
+
+
+def break_json(path: Path) -> None:
+    file = path / "checkpoint.json"
+    file.write_text(file.read_text()[:-40])
+
+
+def json_of_something_else(path: Path) -> None:
+    (path / "checkpoint.json").write_text("[1, 2]")
+
+
+def json_without_files(path: Path) -> None:
+    (path / "checkpoint.json").write_text('{"format": 1, "step": 5}')
+
+
+def remove_json(path: Path) -> None:
+    (path / "checkpoint.json").unlink()
+
+
+DAMAGE = [
+    truncate, flip_a_bit, remove_shard, empty_shard, break_json, json_of_something_else, json_without_files, remove_json
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_passed_over_by_name(damage, two):
+    run, early, _ = two
+    damage(run.path(5))
+    said = []
+    loaded = new_state(1)
+    assert run.resume(loaded, said.append) == (2, run.path(2))
+    assert same(loaded, early)
+    (sentence,) = said
+    assert sentence.startswith("checkpoint passed over: ")
+    assert str(run.path(5)) in sentence
+    assert "\n" not in sentence
+
+
+def test_all_damaged_is_an_error_and_not_a_start_from_scratch(two):
+    run, _, _ = two
+    truncate(run.path(2))
+    break_json(run.path(5))
+    said = []
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole; start anew in another train\.folder"):
+        run.resume(new_state(1), said.append)
+    assert len(said) == 2
+
+
+def test_a_passed_over_checkpoint_is_replaced_when_its_step_comes_again(two):
+    run, _, state = two
+    truncate(run.path(5))
+    run.resume(new_state(1), lambda _: None)
+    run.save(5, state, CONFIG)
+    loaded = new_state(2)
+    assert run.resume(loaded, print) == (5, run.path(5))
+    assert same(loaded, state)
+
+
+def test_keep_last_counts_no_checkpoint_that_was_passed_over(two):
+    run, _, _ = two
+    run.keep_last = 1
+    truncate(run.path(5))
+    loaded = new_state(1)
+    run.resume(loaded, lambda _: None)
+    update(loaded, 2)
+    run.save(3, loaded, CONFIG)
+    again = new_state(2)
+    assert run.resume(again, print) == (3, run.path(3))
+    assert same(again, loaded)
+
+
+def test_a_later_format_is_named(two):
+    run, _, _ = two
+    file = run.path(5) / "checkpoint.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 2'))
+    assert verify(run.path(5), ALONE) == f"{run.path(5)} has checkpoint format 2; this version reads format 1"
+
+
+def test_checkpoint_of_another_width(two):
+    with pytest.raises(UserError, match=r"checkpoint of another model: its encoder\.fc\.weight has shape \(3, 4\), "):
+        two[0].resume(new_state(1, width=6), print)
+
+
+def test_checkpoint_of_another_depth(two):
+    other = new_state(1)
+    other.encoder.extra = nn.Linear(2, 2)
+    with pytest.raises(UserError, match=r"checkpoint of another model: it holds no encoder\.extra\.weight"):
+        two[0].resume(other, print)
+
+
+@pytest.mark.parametrize("what", ["run folder", "checkpoint folder"])
+def test_init_from_takes_weights_and_nothing_else(what, two):
+    run, early, state = two
+    fresh = new_state(1, updates=1)
+    before = copy.deepcopy(fresh.optimizer.state_dict())
+    if what == "run folder":
+        assert init_from(run.folder.parent, fresh, ALONE) == run.path(5)
+    else:
+        assert init_from(run.path(2), fresh, ALONE) == run.path(2)
+    expected = tensors(state if what == "run folder" else early)
+    got = tensors(fresh)
+    for name, value in expected.items():
+        if not name.startswith("optimizer."):
+            assert torch.equal(got[name], value), name
+    after = fresh.optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for i, values in before["state"].items():
+        assert all(torch.equal(values[name], after["state"][i][name]) for name in values)
+
+
+def test_init_from_what_holds_no_weights(two, tmp_path):
+    run, _, _ = two
+    with pytest.raises(UserError, match=r"train\.init_from=.*nowhere is neither a checkpoint nor a run folder"):
+        init_from(tmp_path / "nowhere", new_state(1), ALONE)
+    truncate(run.path(5))
+    with pytest.raises(UserError, match=r"train\.init_from: .*\.safetensors is damaged"):
+        init_from(run.path(5), new_state(1), ALONE)
+
+
+@contextlib.contextmanager
+def files_of_at_most(size: int):
+    """The disk is full: this process can write no file beyond `size` bytes, for Python ignores the signal."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1500])  # in the first byte, the shard's header, the shard's tensors
+def test_disk_full_keeps_the_previous_checkpoint(size, two):
+    run, _, state = two
+    assert shard(run.path(5)).stat().st_size > 1500
+    with files_of_at_most(size), pytest.raises(UserError) as caught:
+        run.save(6, new_state(3, updates=1), CONFIG)
+    sentence = str(caught.value)
+    assert sentence.startswith(f"the checkpoint of step 6 could not be written to {run.folder}: File too large; ")
+    assert "that of step 5 is intact" in sentence
+    assert "\n" not in sentence
+    assert [path.name for path in sorted(run.folder.iterdir())] == ["step_00000002", "step_00000005"]
+    loaded = new_state(1)
+    assert run.resume(loaded, print) == (5, run.path(5))
+    assert same(loaded, state)
+
+
+def test_disk_full_at_the_first_checkpoint(run):
+    with files_of_at_most(100), pytest.raises(UserError, match="there is no earlier one"):
+        run.save(1, new_state(0, updates=1), CONFIG)
+    assert run.steps() == []
+
+
+def test_disk_full_when_checkpoint_json_is_written(two, monkeypatch):
+    run, _, _ = two
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(checkpoint, "_write_durably", full)
+    with pytest.raises(UserError, match="No space left on device; that of step 5 is intact"):
+        run.save(6, new_state(3, updates=1), CONFIG)
+    assert run.steps() == [2, 5]
+
+
+def test_open_starts_a_run_once(run):
+    said = []
+    assert run.open(new_state(0), CONFIG, resume=False, say=said.append) == 0
+    assert said == []
+    with pytest.raises(UserError, match=r"already holds a run; go on with --resume, or choose another train\.folder"):
+        run.open(new_state(0), CONFIG, resume=False, say=said.append)
+
+
+def test_open_resumes(two):
+    run, _, state = two
+    with pytest.raises(UserError, match=r"there is no run in .* to resume; leave out --resume to start one"):
+        run.open(new_state(1), CONFIG, resume=True, say=print)
+    (run.folder.parent / "config.yaml").write_text(CONFIG.to_yaml())
+    said, loaded = [], new_state(1)
+    assert run.open(loaded, CONFIG, resume=True, say=said.append) == 5
+    assert said == [f"resumed from {run.path(5)}"]
+    assert same(loaded, state)
+
+
+def test_open_says_when_there_is_no_checkpoint_yet(run):
+    run.open(new_state(0), CONFIG, resume=False, say=print)
+    said = []
+    assert run.open(new_state(0), CONFIG, resume=True, say=said.append) == 0
+    assert said == [f"{run.folder.parent} holds no checkpoint yet: starting from step 0"]
+
+
+def test_open_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    run = Checkpoints(tmp_path / "file" / "run", keep_last=1, world=ALONE)
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        run.open(new_state(0), CONFIG, resume=False, say=print)
+
+
+def test_a_run_folder_can_be_moved(two, tmp_path):
+    run, _, state = two
+    shutil.move(run.folder.parent, tmp_path / "moved")
+    loaded = new_state(1)
+    assert Checkpoints(tmp_path / "moved", 3, ALONE).resume(loaded, print)[0] == 5
+    assert same(loaded, state)
