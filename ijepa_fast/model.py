@@ -102,8 +102,9 @@ class Block(nn.Module):
         y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
         if rows is not None:
             x = x.index_select(0, rows)
-        x = x + y.to(x.dtype)
-        return x + self.mlp(self.norm2(x)).to(x.dtype)
+        # Added first, cast after: nothing to cast in fp32 streams, where a sum of both dtypes is one kernel.
+        x = (x + y).to(x.dtype)
+        return (x + self.mlp(self.norm2(x))).to(x.dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -192,9 +192,12 @@ def test_a_block_asked_for_rows_returns_those_rows_and_their_gradients():
         torch.testing.assert_close(part, whole, rtol=0, atol=1e-6 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("residual_dtype", [torch.float32, torch.bfloat16])
-def test_bfloat16_multiplies_while_the_stream_keeps_its_dtype(residual_dtype):
-    encoder = small_encoder(compute_dtype=torch.bfloat16, residual_dtype=residual_dtype)
+@pytest.mark.parametrize(
+    ("compute_dtype", "residual_dtype"),
+    [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+)
+def test_products_and_stream_have_their_own_dtypes(compute_dtype, residual_dtype):
+    encoder = small_encoder(compute_dtype=compute_dtype, residual_dtype=residual_dtype)
     predictor = build_predictor(encoder, depth=2, dim=48)
     seen: dict[type, set[torch.dtype]] = {Block: set(), LayerNorm: set(), Linear: set()}
 
@@ -208,7 +211,7 @@ def test_bfloat16_multiplies_while_the_stream_keeps_its_dtype(residual_dtype):
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
     context, target = ragged([20, 9], [0, 1]), ragged([4, 5], [0, 1])
     predicted = predictor(encoder(images, context), context, target)
-    assert seen == {Block: {residual_dtype}, LayerNorm: {torch.float32}, Linear: {torch.bfloat16}}
+    assert seen == {Block: {residual_dtype}, LayerNorm: {torch.float32}, Linear: {compute_dtype}}
     predicted.float().square().sum().backward()
     trained = [p for model in (encoder, predictor) for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
