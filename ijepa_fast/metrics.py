@@ -39,7 +39,7 @@ class RunLog:
         self._cut_back(resume_step)
         self._csv = open(self.csv_path, "a", newline="")  # noqa: SIM115 (open as long as the run)
         self._jsonl = open(self.jsonl_path, "a")  # noqa: SIM115
-        self._rows = csv.DictWriter(self._csv, COLUMNS)
+        self._rows = csv.DictWriter(self._csv, COLUMNS, lineterminator="\n")
         if self._csv.tell() == 0:
             self._rows.writeheader()
         self._board = None
@@ -47,8 +47,8 @@ class RunLog:
             # Imported here: it takes over a second, and a dry run has no use for it.
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step hides what an interrupted run wrote after its checkpoint.
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
+            # purge_step hides what an interrupted run wrote from that step on: after its checkpoint, or all.
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)
 
     def steps(self, rows: list[dict[str, Any]]) -> None:
         """Add one row an update, each with all of COLUMNS; TensorBoard gets the last one."""
@@ -83,20 +83,17 @@ class RunLog:
             self._board.close()
 
     def _cut_back(self, step: int) -> None:
-        """Drop what lies after `step`, and a last line that a kill cut short."""
+        """Drop what lies after `step`, and a last line that a kill cut short; at step 0 all: its probe comes again."""
         for path, step_of in ((self.jsonl_path, _jsonl_step), (self.csv_path, _csv_step)):
             if path.exists():
-                kept = [line for line in path.read_text().splitlines(keepends=True) if step_of(line) <= step]
+                kept = [line for line in path.read_text().splitlines(keepends=True) if step and step_of(line) <= step]
                 shortened = path.with_suffix(path.suffix + ".cut")
                 shortened.write_text("".join(kept))
                 os.replace(shortened, path)
 
 
 def _jsonl_step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+    return json.loads(line)["step"] if line.endswith("\n") else float("inf")
 
 
 def _csv_step(line: str) -> float:
