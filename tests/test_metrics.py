@@ -1,0 +1,246 @@
+"""The run's log: released columns first, three formats that agree, cut back exactly, pictures and rates."""
+import csv
+import itertools
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from ijepa_fast import metrics
+from ijepa_fast.config import MaskConfig
+from ijepa_fast.data.loader import Batch
+from ijepa_fast.errors import UserError
+from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.metrics import COLUMNS, Bar, Meter, RunLog, TokenCounts, draw_curves, read_log
+
+
+def row(step: int) -> dict:
+    values = {name: float(i) for i, name in enumerate(COLUMNS)}
+    return {**values, "epoch": (step - 1) // 5 + 1, "itr": (step - 1) % 5, "step": step, "loss": 1 / 3 / step}
+
+
+def write(folder, steps, *, resume_step=0, probe_every=None, tensorboard=False) -> None:
+    log = RunLog(folder, resume_step, tensorboard=tensorboard)
+    if probe_every and resume_step == 0:
+        log.probe(0, {"rankme": 1.0, "knn": 0.0})
+    for step in steps:
+        log.steps([row(step)])
+        if probe_every and step % probe_every == 0:
+            log.probe(step, {"rankme": float(step), "knn": step / 100})
+    log.close()
+
+
+def steps_in(folder) -> tuple[list[int], list[int], list[int]]:
+    """Steps in the CSV, and of the rows and the probes in the JSON lines."""
+    with open(folder / "log.csv", newline="") as file:
+        table = [int(line["step"]) for line in csv.DictReader(file)]
+    steps, probes = read_log(folder)
+    return table, [r["step"] for r in steps], [r["step"] for r in probes]
+
+
+def test_csv_begins_with_the_released_columns(tmp_path):
+    write(tmp_path, [1, 2])
+    header, *lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert header.startswith("epoch,itr,loss,mask-A,mask-B,time (ms),")
+    assert len(lines) == 2
+    assert lines[1].startswith(f"1,1,{1 / 6!r},")
+
+
+def test_json_lines_and_csv_agree(tmp_path):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.steps([row(1), row(2), row(3)])
+    log.close()
+    with open(tmp_path / "log.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    steps, probes = read_log(tmp_path)
+    assert probes == []
+    assert len(table) == len(steps) == 3
+    for text, values in zip(table, steps, strict=True):
+        assert values.pop("kind") == "step"
+        assert {name: float(value) for name, value in text.items()} == values
+
+
+def test_rows_are_on_the_disk_at_once(tmp_path):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.steps([row(1)])
+    log.probe(1, {"rankme": 2.0})
+    assert steps_in(tmp_path) == ([1], [1], [1])
+    log.close()
+
+
+def test_no_row_at_all(tmp_path):
+    write(tmp_path, [])
+    assert steps_in(tmp_path) == ([], [], [])
+
+
+@pytest.mark.parametrize("resume_step", [0, 1, 6, 9, 10])
+def test_cut_back(resume_step, tmp_path):
+    write(tmp_path / "a", range(1, 11), probe_every=3)
+    write(tmp_path / "a", range(resume_step + 1, 13), resume_step=resume_step, probe_every=3)
+    write(tmp_path / "b", range(1, 13), probe_every=3)
+    for name in ("log.csv", "log.jsonl"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"log.csv", "log.jsonl"}
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path):
+    a, b = tmp_path / "a", tmp_path / "b"
+    write(a, range(1, 5))
+    write(b, range(1, 7))
+    whole = {name: (a / name).read_bytes() for name in ("log.csv", "log.jsonl")}
+    for cut in (1, 2, 3, 10, 60):
+        for name, data in whole.items():
+            (a / name).write_bytes(data[:-cut])
+        # The checkpoint is of step 4, so row 4 was written before it: what is cut short here is the row after that.
+        write(a, [4, 5, 6], resume_step=3)
+        for name in whole:
+            assert (a / name).read_bytes() == (b / name).read_bytes(), (cut, name)
+
+
+def test_what_follows_a_line_without_its_end_is_readable(tmp_path):
+    write(tmp_path, range(1, 5))
+    for name in ("log.csv", "log.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-1])
+    write(tmp_path, [5, 6], resume_step=4)
+    assert steps_in(tmp_path) == ([1, 2, 3, 5, 6], [1, 2, 3, 5, 6], [])
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_header_cut_short_is_written_anew(kept, tmp_path):
+    (tmp_path / "log.csv").write_text("epoch,itr,loss"[:kept])
+    write(tmp_path, [1])
+    assert steps_in(tmp_path)[0] == [1]
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    log = RunLog(tmp_path / "a", 0, tensorboard=True, active=False)
+    log.steps([row(1)])
+    log.probe(1, {"rankme": 1.0})
+    log.close()
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def events(folder, tag: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+@pytest.mark.parametrize("resume_step", [0, 4])
+def test_tensorboard_is_purged_after_a_resumption(resume_step, tmp_path):
+    write(tmp_path, range(1, 8), probe_every=2, tensorboard=True)
+    write(tmp_path, range(resume_step + 1, 10), resume_step=resume_step, probe_every=2, tensorboard=True)
+    expected = [(step, np.float32(1 / 3 / step)) for step in range(1, 10)]
+    assert events(tmp_path, "train/loss") == expected
+    assert [step for step, _ in events(tmp_path, "probe/rankme")] == [0, 2, 4, 6, 8]
+
+
+def test_tensorboard_has_every_number_but_the_counters(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write(tmp_path, [1], probe_every=1, tensorboard=True)
+    tags = set(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"])
+    # TensorBoard writes "time (ms)" as "time__ms_".
+    expected = {f"train/{name}" for name in COLUMNS if name not in ("epoch", "itr", "step")}
+    assert {tag.replace("time__ms_", "time (ms)") for tag in tags} == expected | {"probe/rankme", "probe/knn"}
+
+
+def test_read_log_of_what_is_no_run(tmp_path):
+    with pytest.raises(UserError, match=r"holds no log\.jsonl; name the folder of a run"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize("probe_every", [None, 2])
+def test_curves_are_a_picture_of_the_log(probe_every, tmp_path):
+    write(tmp_path, range(1, 12), probe_every=probe_every)
+    path = draw_curves(tmp_path)
+    assert path == tmp_path / "curves.png"
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        first = np.asarray(image.convert("RGB")).astype(int)
+    assert min(first.shape[:2]) > 500
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "log.csv", "log.jsonl", "curves.png"}
+    # Other losses give another picture: the curve is in it.
+    write(tmp_path, range(12, 30), resume_step=11)
+    with Image.open(draw_curves(tmp_path)) as image:
+        second = np.asarray(image.convert("RGB")).astype(int)
+    assert np.abs(first - second).max() > 50
+
+
+def test_curves_of_a_probe_without_labels(tmp_path):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.steps([row(1)])
+    log.probe(1, {"rankme": 2.0})
+    log.close()
+    assert draw_curves(tmp_path).exists()
+
+
+def test_rates(monkeypatch):
+    clock = iter([10.0, 12.5])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+    meter = Meter(waited=4.0)
+    meter.add(images=32, tokens=1000)
+    meter.add(images=32, tokens=1500)
+    assert meter.rates(waited=4.5) == {
+        "time (ms)": 1250.0, "images/s": 25.6, "tokens/s": 1000.0, "data_wait": 0.2
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("contexts", [1, 2])
+def test_token_counts_are_those_of_the_transformers(contexts):
+    grid, images = 8, 6
+    config = MaskConfig(collate="ragged", min_keep=1, num_contexts=contexts, num_targets=3)
+    masks = MultiBlockMasks(config, grid, seed=0, global_batch=images).sample(0, 0, images)
+    batch = Batch(torch.zeros(images, 1, 1, 3, dtype=torch.uint8), masks, np.arange(images), 0, True)
+    counts = TokenCounts()
+    counts.add(batch, grid**2)
+    counts.add(batch, grid**2)
+
+    context, target = masks.context.cu_seqlens.diff().tolist(), masks.target.cu_seqlens.diff().tolist()
+    predictor = sum(context[c] + t for c, t in zip(masks.context_of.tolist(), target, strict=True))
+    assert counts.all == 2 * (images * grid**2 + sum(context) + predictor)
+    assert counts.context / counts.contexts == sum(context) / (images * contexts)
+    assert counts.target / counts.targets == sum(target) / (images * contexts * 3)
+
+
+def report(*, terminal: bool, shown: bool, left: float = 90.0) -> str:
+    with open(os.devnull, "w") as sink:
+        console = Console(file=sink, force_terminal=terminal, width=200, record=True)
+        bar = Bar(console, 10, 100, epochs=4, shown=shown)
+        bar.advance(40)
+        bar.report({**row(40), "epoch": 2, "loss": 0.25, "lr": 1e-3, "momentum": 0.9975, "images/s": 320.5,
+                    "tokens/s": 123456.0, "data_wait": 0.031, "time (ms)": 1000 * left / 60})  # fmt: skip
+        bar.close()
+        return console.export_text()
+
+
+@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (True, False), (False, True)])
+def test_progress_tells_what_is_asked_for(terminal, shown):
+    text = report(terminal=terminal, shown=shown)
+    for words in ("epoch 2/4", "40/100", "loss 0.2500", "lr 1.00e-03", "momentum 0.99750", "320.5 images/s",
+                  "123456 tokens/s", "data wait 3%"):  # fmt: skip
+        assert words in text
+    assert ("0:01:30 left" if terminal and shown else "1.5 min left") in text
+
+
+def test_time_left_in_days():
+    assert "2 d 3:04:05 left" in report(terminal=True, shown=True, left=2 * 86400 + 3 * 3600 + 4 * 60 + 5.5)
+
+
+def test_smoothed_loss_follows_a_constant_and_lags_a_step():
+    assert metrics._smoothed([2.0] * 5) == [2.0] * 5
+    smoothed = metrics._smoothed([0.0] + [1.0] * 200)
+    assert smoothed[0] == 0
+    assert all(a < b for a, b in itertools.pairwise(smoothed[:50]))
+    assert math.isclose(smoothed[-1], 1, abs_tol=1e-5)
