@@ -168,6 +168,11 @@ def test_a_cache_folder_that_cannot_be_written_only_warns(root, tmp_path):
         assert len(build_index(root, cache_dir=tmp_path / "file" / "cache")) == 8
 
 
+def test_nothing_is_written_where_that_is_asked_for(root, cache):
+    assert len(build_index(root, cache_dir=cache, write_cache=False)) == 8
+    assert not cache.exists()
+
+
 def test_the_cache_lies_in_the_users_cache_folder(root, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     build_index(root)

@@ -155,9 +155,10 @@ def test_impossible_arguments(make_loader, options, message):
 @pytest.fixture
 def broken(tmp_path):
     """A folder and its index, made before a test breaks one of the files."""
+    (tmp_path / "photos").mkdir()
     for n in range(13):
-        Image.new("RGB", (50, 40), (n, 0, 0)).save(tmp_path / f"{n:02}.jpg")
-    return build_index(tmp_path, cache_dir=tmp_path / "cache")
+        Image.new("RGB", (50, 40), (n, 0, 0)).save(tmp_path / "photos" / f"{n:02}.jpg")
+    return build_index(tmp_path / "photos", cache_dir=tmp_path / "cache")
 
 
 def damage(path):
@@ -171,7 +172,8 @@ def damage(path):
     [
         (damage, r"{path} cannot be decoded: .*; remove it, or put an intact copy there"),
         (os.unlink, r"{path} cannot be read any more: No such file or directory"),
-        (lambda path: os.truncate(path, 100), r"{path} has 100 bytes where it had \d+ when it was indexed"),
+        (lambda path: os.truncate(path, 100), r"{path} is not the file that was indexed with \d+ bytes"),
+        (lambda path: os.truncate(path, 10**5), r"{path} is not the file that was indexed with \d+ bytes"),
     ],
 )
 def test_a_bad_image_stops_in_its_place_and_names_its_path(broken, harm, message):
@@ -184,6 +186,19 @@ def test_a_bad_image_stops_in_its_place_and_names_its_path(broken, harm, message
             assert [len(next(batches).ids) for _ in range(2)] == [3, 3]
             with pytest.raises(UserError, match=message.format(path=path)):
                 next(batches)
+
+
+def test_the_advice_for_a_changed_file_works(broken, tmp_path):
+    folder, path = tmp_path / "photos", broken.path(0)
+    Image.new("RGB", (90, 80)).save(path)  # in place: the modification time of the folder stays
+    again = build_index(folder, cache_dir=tmp_path / "cache")
+    with Reader(again, 1) as reader, pytest.raises(UserError, match=f"`touch {folder}`"):
+        reader.read([0])
+    os.utime(folder)
+    again = build_index(folder, cache_dir=tmp_path / "cache")
+    assert again.records["width"][0] == 90
+    with Reader(again, 1) as reader:
+        assert len(reader.read([0])[0]) == os.path.getsize(path)
 
 
 class SlowDecoder:

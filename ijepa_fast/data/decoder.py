@@ -96,7 +96,7 @@ def build_decoder(name: Literal["auto", "dali", "pillow"], threads: int, device:
             f"data.decoder is dali, but its import fails ({error}): "
             f"install nvidia-dali-cuda130 (the extra `dali`), or set data.decoder=pillow"
         ) from None
-    return DaliDecoder(threads, "mixed" if cuda else "cpu")
+    return DaliDecoder(threads, device)
 
 
 def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:

@@ -1,4 +1,4 @@
-"""DALI behind the decoder's interface. `device="mixed"` decodes JPEGs on the GPU; it has not run on one yet.
+"""DALI behind the decoder's interface. On a CUDA device it follows DALI's documentation, but has not run yet.
 
 Tried with DALI 2.4: `exec_dynamic=True` survives a batch that fails, the other executor does not; `antialias=True` is
 within a level of Pillow, `False` ten times further off. `adjust_orientation=False` because the released recipe ignores
@@ -16,21 +16,24 @@ from ijepa_fast.data.decoder import DecodeError, PillowDecoder
 
 
 class DaliDecoder:
-    """Crops and resizes with DALI, on `threads` CPU threads and, if `device` is "mixed", the current CUDA device.
+    """Decodes, crops and resizes with DALI: on `threads` CPU threads and, where `device` is CUDA, on that device.
 
     An image that DALI refuses is left to Pillow, whose answer, pixels or reason, counts. May be called from any thread,
     one at a time.
     """
 
-    def __init__(self, threads: int, device: Literal["cpu", "mixed"] = "cpu"):
-        self.threads, self.device = threads, device
+    def __init__(self, threads: int, device: torch.device | str = "cpu"):
+        self.threads, self.device = threads, torch.device(device)
+        if self.device.type == "cuda" and self.device.index is None:
+            # The current device is each thread's own: settle it now, before a loader's thread asks.
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._pillow = PillowDecoder(1)
         self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream() if device == "mixed" else None
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pipelines: dict[int, Pipeline] = {}  # by output size; each for batches up to its `max_batch_size`
 
     def decode(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> torch.Tensor:
-        """As `Decoder.decode`; on the GPU if `device` is "mixed"."""
+        """As `Decoder.decode`; the result is on `device`."""
         with self._lock, torch.cuda.stream(self._stream):
             try:
                 pixels = self._run(encoded, boxes, size)
@@ -50,17 +53,17 @@ class DaliDecoder:
             pixels = self._pillow.decode([data], box[None], size)
         except DecodeError as error:
             raise DecodeError(position, error.reason) from error
-        return pixels.to("cuda" if self.device == "mixed" else "cpu")
+        return pixels.to(self.device)
 
     def _run(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> torch.Tensor:
         pipeline = self._pipelines.get(size)
         if pipeline is None or pipeline.max_batch_size < len(encoded):
             pipeline = self._pipelines[size] = _pipeline(
                 size,
-                self.device,
+                "mixed" if self.device.type == "cuda" else "cpu",
                 batch_size=len(encoded),
                 num_threads=self.threads,
-                device_id=torch.cuda.current_device() if self.device == "mixed" else None,
+                device_id=self.device.index,  # None on a CPU: DALI then needs no GPU
                 exec_dynamic=True,
                 prefetch_queue_depth=1,
             )
@@ -78,12 +81,12 @@ class DaliDecoder:
 
 
 @pipeline_def
-def _pipeline(size: int, device: str):
+def _pipeline(size: int, backend: Literal["cpu", "mixed"]):
     images = fn.decoders.image_slice(
         fn.external_source(name="encoded", dtype=types.UINT8, ndim=1),
         fn.external_source(name="corner", dtype=types.INT32, ndim=1),
         fn.external_source(name="extent", dtype=types.INT32, ndim=1),
-        device=device,
+        device=backend,
         output_type=types.RGB,
         axis_names="WH",
         adjust_orientation=False,

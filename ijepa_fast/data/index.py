@@ -94,7 +94,8 @@ def build_index(
     The class of an image is the folder directly below `root` that it lies in (sorted names give the labels 0, 1, ...);
     an image in `root` itself has none. Symbolic links are followed, names that begin with a dot are left out. Raises
     `UserError` for a missing root, a root without images and an image whose header cannot be read. `cache_dir`: by
-    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so.
+    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so. With `write_cache=False` nothing is
+    written at all.
     """
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):

@@ -67,6 +67,8 @@ class Loader:
         self.index, self.sampler, self.decoder, self.reader, self.masks = index, sampler, decoder, reader, masks
         self.image_size, self.crop_scale, self.seed = image_size, crop_scale, seed
         self.device, self.prefetch = torch.device(device), prefetch
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())  # the background thread's own may differ
         share = sampler.global_batch // world_size
         first, end = rank * share, (rank + 1) * share
         self._slices = [(start, min(start + micro_batch, end)) for start in range(first, end, micro_batch)]

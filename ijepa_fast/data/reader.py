@@ -21,23 +21,27 @@ class Reader:
         return self._pool.map(self._read_one, np.asarray(ids).tolist())
 
     def read(self, ids: np.ndarray) -> list[bytes]:
-        """The encoded bytes of `ids`, in order. `UserError` if a file has vanished or is not as long as indexed."""
+        """The encoded bytes of `ids`, in order. `UserError` if a file has vanished or changed its length."""
         return list(self.start(ids))
 
     def _read_one(self, image: int) -> bytes:
         record = self.index.records[image]
-        size = int(record["size"])
+        offset, size = int(record["offset"]), int(record["size"])
         path = self.index.container_path(record["container"])
         try:
             handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                data = os.pread(handle, size, int(record["offset"]))
+                # A file that holds one image is read to its end, to notice one that has grown.
+                data = os.pread(handle, size if offset else size + 1, offset)
             finally:
                 os.close(handle)
         except OSError as error:
             raise UserError(f"{path} cannot be read any more: {error.strerror}") from None
         if len(data) != size:
-            raise UserError(f"{path} has {len(data)} bytes where it had {size} when it was indexed; start again")
+            raise UserError(
+                f"{path} is not the file that was indexed with {size} bytes: put that back, "
+                f"or `touch {os.path.dirname(path)}` to have its folder indexed again"
+            )
         return data
 
     def close(self) -> None:
