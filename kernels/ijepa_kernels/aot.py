@@ -2,9 +2,9 @@
 
     python -m ijepa_kernels.aot                                       prints the table
     python -m ijepa_kernels.aot --markdown docs/kernels_compiled.md   writes it
-    python -m ijepa_kernels.aot --op loss --arch 90                   one op, one chip
+    python -m ijepa_kernels.aot --module loss --arch 90               one file's kernels, one chip
 
-An op file that has kernels lists its configurations in a function `shipped() -> list[Shipped]`:
+A file that has kernels lists its configurations in a function `shipped() -> list[Shipped]`:
 
     def shipped():
         signature = dict(x_ptr="*bf16", out_ptr="*bf16", num_rows="i32")
@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -24,43 +25,21 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-OPS = ("patches", "tokens", "predictor", "loss", "ema", "attention")
+import ijepa_kernels
+
+from .shipped import Shipped
+
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may use: CUDA programming guide
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|BGMMA|UTC\w*MMA)")  # mma, wgmma, tcgen05
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """One kernel as it is launched: what the compiler is told, and what it must make of it.
-
-    Pointers count as 16-byte aligned, as torch's allocations are. A launch specialises integers divisible by 16
-    (named in `divisible`), so list what the shapes of a real model give.
-    """
-
-    kernel: Any  # a triton.jit function
-    signature: dict[str, str]  # argument -> "*fp32", "*bf16", "i32", "fp32", ...: everything that is not a constexpr
-    constexprs: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 3
-    divisible: tuple[str, ...] = ()
-    vector_bytes: int = 16  # the width that the widest global load and store must reach; 0: not asked for
-    dot: bool = False  # must use tensor cores
-    note: str = ""  # why vector_bytes is below 16, or why it spills and is still the fastest
-
-    def title(self) -> str:
-        pointers = [t[1:] for t in self.signature.values() if t.startswith("*")]
-        constants = [f"{k}={v}" for k, v in self.constexprs.items() if v is not None]
-        return ", ".join([" ".join(pointers), *constants, f"warps={self.num_warps}"])
 
 
 @dataclass
 class Compiled:
     """What ptxas made of a `Shipped` on one chip."""
 
-    op: str
+    module: str
     kernel: str
     title: str
     arch: int
@@ -91,22 +70,26 @@ class Compiled:
         return found
 
 
-def shipped(ops: tuple[str, ...] = OPS) -> list[tuple[str, int]]:
-    """(op, position in its list) of every configuration."""
-    modules = {op: importlib.import_module(f"ijepa_kernels.{op}") for op in ops}
-    return [(op, i) for op, m in modules.items() if hasattr(m, "shipped") for i in range(len(m.shipped()))]
+def configurations() -> list[tuple[str, int]]:
+    """(module, position in the list that its `shipped` returns) of everything that is shipped."""
+    found = []
+    for module in pkgutil.iter_modules(ijepa_kernels.__path__, "ijepa_kernels."):
+        lists = vars(importlib.import_module(module.name)).get("shipped")
+        if callable(lists) and lists.__module__ == module.name:  # not one that it imports from another
+            found += [(module.name, i) for i in range(len(lists()))]
+    return found
 
 
-def compile_one(op: str, position: int, arch: int) -> Compiled:
+def compile_one(module: str, position: int, arch: int) -> Compiled:
     from triton import compile as triton_compile
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    ship: Shipped = importlib.import_module(f"ijepa_kernels.{op}").shipped()[position]
+    ship: Shipped = importlib.import_module(module).shipped()[position]
     names = ship.kernel.arg_names
     left_out = set(names) - set(ship.signature) - set(ship.constexprs)
     if left_out:
-        raise ValueError(f"{op}: {ship.kernel.__name__} has arguments that shipped() does not list: {sorted(left_out)}")
+        raise ValueError(f"{module}: shipped() leaves out {sorted(left_out)} of {ship.kernel.__name__}")
     signature = {name: ship.signature.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ship.divisible]
     source = ASTSource(
@@ -120,7 +103,7 @@ def compile_one(op: str, position: int, arch: int) -> Compiled:
     text = _disassemble(kernel.asm["cubin"])
     instructions = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", text, re.MULTILINE)
     return Compiled(
-        op=op,
+        module=module.rpartition(".")[2],
         kernel=ship.kernel.__name__.strip("_"),
         title=ship.title(),
         arch=arch,
@@ -176,14 +159,14 @@ def markdown(rows: list[Compiled]) -> str:
     for r in rows:
         mix = [" + ".join(f"{width}x{n}" for width, n in w.items()) or "-" for w in (r.loads, r.stores)]
         numbers = [r.registers, r.stack, r.shared, *mix, r.tensor_core]
-        cells = [f"{r.op}: `{r.kernel}`", r.title, f"sm_{r.arch}", *map(str, numbers), r.note]
+        cells = [f"{r.module}: `{r.kernel}`", r.title, f"sm_{r.arch}", *map(str, numbers), r.note]
         out.append("| " + " | ".join(cells) + " |")
     return "\n".join(out) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ijepa_kernels.aot", description=__doc__.partition("\n")[0])
-    parser.add_argument("--op", nargs="+", choices=OPS, default=OPS)
+    parser.add_argument("--module", nargs="+", help="only these, as in `loss ema`")
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=ARCHS)
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--json", type=Path, help="write the rows here")
@@ -191,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled in the same process")
-    work = [(op, i, arch) for op, i in shipped(tuple(args.op)) for arch in args.arch]
+    only = args.module and {f"ijepa_kernels.{name}" for name in args.module}
+    work = [(name, i, arch) for name, i in configurations() if not only or name in only for arch in args.arch]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(compile_one, *zip(*work, strict=True)))
     if args.json:
@@ -200,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         args.markdown.write_text(markdown(rows))
     if not (args.json or args.markdown):
         print(markdown(rows))
-    faulty = [f"{r.op}: {r.kernel} ({r.title}) on sm_{r.arch}: {'; '.join(r.faults())}" for r in rows if r.faults()]
+    faulty = [f"{r.module}: {r.kernel} ({r.title}) on sm_{r.arch}: {'; '.join(r.faults())}" for r in rows if r.faults()]
     print(*faulty, f"{len(rows)} compiled, {len(faulty)} with faults", sep="\n", file=sys.stderr)
     return bool(faulty)
 

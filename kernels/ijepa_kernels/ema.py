@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .aot import Shipped
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
 from .packed import describe
+from .shipped import Shipped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet

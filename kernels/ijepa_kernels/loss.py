@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aot import Shipped
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
 from .packed import Packed, check_packed, describe
+from .shipped import Shipped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("smooth_l1", "l2")

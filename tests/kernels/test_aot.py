@@ -1,0 +1,97 @@
+"""What the compiler makes of every shipped configuration on sm_80, sm_90 and sm_100. No GPU is needed.
+
+Compiled in a process of its own, because this one interprets its kernels.
+"""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ijepa_kernels import aot
+from ijepa_kernels.aot import Compiled
+
+TABLE = Path(__file__).parents[2] / "docs/kernels_compiled.md"
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> list[dict]:
+    file = tmp_path_factory.mktemp("aot") / "rows.json"
+    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "IJEPA_KERNELS")}
+    command = [sys.executable, "-m", "ijepa_kernels.aot", "--json", str(file)]
+    # An oversized tile keeps ptxas busy for minutes: the limit is what tells.
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert file.exists(), result.stderr
+    return json.loads(file.read_text())
+
+
+def name(row: dict) -> str:
+    return f"{row['module']}: {row['kernel']} ({row['title']}) on sm_{row['arch']}"
+
+
+def test_every_configuration_compiles_and_has_no_fault(rows):
+    """No spills, 16-byte loads and stores, tensor cores where there is a dot, shared memory within the chip's."""
+    assert {name(row): row["faults"] for row in rows if row["faults"]} == {}
+    assert {row["arch"] for row in rows} == {80, 90, 100}
+
+
+def test_every_kernel_is_shipped(rows):
+    """A kernel that no `shipped()` lists would be compiled for the first time on a user's machine."""
+    shipped = {(row["module"], row["kernel"]) for row in rows}
+    for file in Path(aot.__file__).parent.glob("*.py"):
+        for kernel in re.findall(r"^@triton\.jit.*\n(?:@.*\n)*def _?(\w+_kernel)\(", file.read_text(), re.MULTILINE):
+            assert (file.stem, kernel) in shipped
+
+
+def test_the_table_in_the_docs_lists_what_is_shipped(rows):
+    """Else: `python -m ijepa_kernels.aot --markdown docs/kernels_compiled.md`. Its numbers are its triton's."""
+    table = [tuple(cell.strip() for cell in line.split("|")[1:4]) for line in TABLE.read_text().splitlines()]
+    listed = {cells for cells in table if len(cells) == 3 and cells[2].startswith("sm_")}
+    assert listed == {(f"{r['module']}: `{r['kernel']}`", r["title"], f"sm_{r['arch']}") for r in rows}
+
+
+def test_ema_moves_a_full_chunk_without_masks(rows):
+    """Four 16-byte loads a list of fp32: the branch for full chunks stays vectorised (a masked one is scalar)."""
+    fp32 = [row for row in rows if row["module"] == "ema" and "SOURCE=fp32" in row["title"]]
+    assert fp32
+    for row in fp32:
+        assert row["loads"]["16"] == 8, name(row)
+        assert row["stores"]["16"] >= 4, name(row)
+
+
+def test_loss_touches_its_tensors_in_16_byte_pieces_alone(rows):
+    """The narrower accesses are its scalars: a search step, image, index and lengths; one partial sum a row."""
+    forward = [row for row in rows if row["kernel"] == "loss_fwd_kernel"]
+    assert forward
+    for row in forward:
+        assert set(row["loads"]) == {"16", "4"}, name(row)
+        assert row["loads"]["4"] <= 10, name(row)
+        assert row["stores"]["4"] == 1, name(row)
+
+
+GOOD = dict(module="m", kernel="k", title="", arch=90, registers=32, stack=0, shared=0, spills=0, tensor_core=4,
+            loads={"16": 2}, stores={"16": 1}, vector_bytes=16, dot=True)  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "fault"), [
+    ({}, None),
+    ({"stack": 8}, "spills: 8 bytes of stack"),
+    ({"spills": 3}, "3 instructions"),
+    ({"spills": 3, "note": "faster all the same"}, None),
+    ({"shared": 228 * 1024}, "shared memory: 233472 of 232448 bytes"),
+    ({"tensor_core": 0}, "no tensor-core instruction"),
+    ({"tensor_core": 0, "dot": False}, None),
+    ({"loads": {"8": 4, "4": 1}}, "widest global load is 8 bytes, wanted 16"),
+    ({"stores": {}}, "widest global store is None bytes, wanted 16"),
+    ({"stores": {"4": 1}, "vector_bytes": 4}, None),
+])  # fmt: skip
+def test_faults(change, fault):
+    faults = Compiled(**GOOD | change).faults()
+    assert [fault in f for f in faults] == ([True] if fault else [])
+
+
+def test_widths_of_instructions():
+    sass = ["LDG.E.128.CONSTANT", "LDG.E.U16", "LDG.E", "LDG.E.64", "LDG.E.U8.CONSTANT", "LDGSTS.E.BYPASS.128"]
+    assert aot._widths(sass) == {"16": 2, "8": 1, "4": 1, "2": 1, "1": 1}
