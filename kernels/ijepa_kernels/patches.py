@@ -4,19 +4,37 @@
     embed_patches:   out[t] = sum_cij weight[:, c, i, j] * patch[t, c, i, j] + bias + pos_embed[indices[t]]
 
 with b the image of t's sequence, (y, x) = divmod(indices[t], W // p). Only the patches asked for are read, as uint8,
-and normalised in fp32: C * p * p * (1 + out) bytes a token, where the eager chain (to float, normalise, Conv2d over
-the whole image, gather) moves the whole image three times over in floats, and the context keeps a third of it.
+and normalised in fp32: C * p * p * (1 + out) bytes a token. The eager chain (to float, normalise, Conv2d over the whole
+image, gather) moves the whole image three times over in floats, and the context keeps a third of it.
+
+embed_patches is that gather, and a matrix product of the library that starts to accumulate at bias + position. Doing
+both in one kernel would spare writing and reading the patches and that start; but the whole product is 0.1 % of a step
+(H/14: 0.5 of 658 GFLOP an image), so a product of our own could gain nothing that anyone would see.
+The backward gathers the patches again instead of keeping them: on a CPU 2 ms in a step of ViT-S/16 with 16 images, on a
+GPU C * p * p * 3 bytes a token, for 2.4 kB (H/14, bf16) of memory for each token of the whole micro-batch.
 """
+from __future__ import annotations
+
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .aot import Shipped
+from .dispatch import register, tl, triton, use_triton
 from .packed import FLOATS, Packed, check_packed, check_tensor
+from .tokens import gather_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+MAX_CHANNELS = 4  # of uint8 images: scales and shifts are arguments of the kernel, there is no tensor to upload
+BLOCK_TOKENS, BLOCK_COLUMNS = 16, 128
+
+
+def _affine(mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """(v / 255 - mean) / std as v * scale + shift."""
+    return [1 / (255 * s) for s in std], [-m / s for m, s in zip(mean, std, strict=True)]
 
 
 def gather_patches_ref(
@@ -47,20 +65,231 @@ def gather_patches_ref(
     pixels = images.reshape(batch * leading * height * grid_w, row).index_select(0, rows)
 
     columns = channels * p * p
-    out = torch.empty(total, -(-columns // 8) * 8, dtype=dtype, device=images.device)
+    out = torch.empty(total, _width(columns), dtype=dtype, device=images.device)
     out[:, columns:] = 0
     patches = out[:, :columns].view(total, channels, p * p)
     if images.dtype != torch.uint8:
         patches.copy_(pixels.view(total, channels, p * p))
         return out
-    scale = torch.tensor([1 / (255 * s) for s in std], device=images.device)[:, None]
-    shift = torch.tensor([-m / s for m, s in zip(mean, std, strict=True)], device=images.device)[:, None]
+    scale, shift = (torch.tensor(v, device=images.device)[:, None] for v in _affine(mean, std))
     exact = patches if dtype == torch.float32 else torch.empty(total, channels, p * p, device=images.device)
     exact.copy_(pixels.view(total, p * p, channels).transpose(1, 2))
     exact.mul_(scale).add_(shift)
     if exact is not patches:
         patches.copy_(exact)
     return out
+
+
+@triton.jit
+def _of_channel(channel, value0, value1, value2, value3):
+    return tl.where(channel == 0, value0, tl.where(channel == 1, value1, tl.where(channel == 2, value2, value3)))
+
+
+@triton.jit
+def _gather_patches_kernel(
+    images_ptr,  # [B, CHANNELS, H, W] by its strides, uint8 or floating
+    indices_ptr,  # [T]
+    cu_seqlens_ptr,  # [S+1]
+    image_ptr,  # [S]
+    out_ptr,  # [T, WIDTH], contiguous
+    blocks_per_sequence,
+    grid_width,  # patches in a row of the image
+    stride_image,
+    stride_channel,
+    stride_row,
+    stride_column,
+    scale0,
+    scale1,
+    scale2,
+    scale3,
+    shift0,
+    shift1,
+    shift2,
+    shift3,
+    CHANNELS: tl.constexpr,
+    PATCH: tl.constexpr,
+    WIDTH: tl.constexpr,  # CHANNELS * PATCH * PATCH and zeros up to a multiple of 8
+    NORMALISE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    sequence = tl.program_id(0) // blocks_per_sequence
+    first = tl.load(cu_seqlens_ptr + sequence) + tl.program_id(0) % blocks_per_sequence * BLOCK_T
+    end = tl.load(cu_seqlens_ptr + sequence + 1)
+    if first >= end:
+        return
+    token = first + tl.arange(0, BLOCK_T)  # [BLOCK_T]
+    inside = token < end
+    index = tl.load(indices_ptr + token, mask=inside, other=0)
+    image = tl.load(image_ptr + sequence).to(tl.int64)
+    y = (index // grid_width * PATCH).to(tl.int64)
+    x = (index % grid_width * PATCH).to(tl.int64)
+    corner = images_ptr + image * stride_image + y * stride_row + x * stride_column  # [BLOCK_T]
+    out_row = out_ptr + token.to(tl.int64) * WIDTH
+    for start in range(0, WIDTH, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
+        channel = k // (PATCH * PATCH)
+        offset = channel * stride_channel + k // PATCH % PATCH * stride_row + k % PATCH * stride_column
+        # A byte at a time where the channels lie interleaved: what counts is the store, in 16-byte words.
+        read = inside[:, None] & (channel < CHANNELS)[None, :]
+        value = tl.load(corner[:, None] + offset[None, :], mask=read, other=0).to(tl.float32)  # [BLOCK_T, BLOCK_K]
+        if NORMALISE:
+            scale = _of_channel(channel, scale0, scale1, scale2, scale3)
+            shift = _of_channel(channel, shift0, shift1, shift2, shift3)
+            value = tl.where(read, value * scale[None, :] + shift[None, :], 0.0)
+        write = inside[:, None] & (k < WIDTH)[None, :]
+        tl.store(out_row[:, None] + k[None, :], value.to(out_ptr.dtype.element_ty), mask=write)
+
+
+def shipped() -> list[Shipped]:
+    """RGB bytes as decoded, and normalised floats, for both patch sizes of the recipes."""
+    floats = [f"{name}{c}" for name in ("scale", "shift") for c in range(MAX_CHANNELS)]
+    rows = []
+    for patch in (14, 16):
+        for source, target in (("u8", "bf16"), ("u8", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")):
+            interleaved = source == "u8"
+            one = "stride_channel" if interleaved else "stride_column"
+            other = "stride_column" if interleaved else "stride_channel"
+            signature = {
+                "images_ptr": f"*{source}",
+                "indices_ptr": "*i32",
+                "cu_seqlens_ptr": "*i32",
+                "image_ptr": "*i32",
+                "out_ptr": f"*{target}",
+                **dict.fromkeys(("blocks_per_sequence", "grid_width", "stride_image", "stride_row", other), "i32"),
+                **dict.fromkeys(floats, "fp32"),
+            }
+            constexprs = {
+                one: 1,
+                "CHANNELS": 3,
+                "PATCH": patch,
+                "WIDTH": _width(3 * patch * patch),
+                "NORMALISE": interleaved,
+                "BLOCK_T": BLOCK_TOKENS,
+                "BLOCK_K": BLOCK_COLUMNS,
+            }
+            divisible = ("stride_image", "stride_row") + (() if interleaved else (other,))
+            if interleaved:
+                reached, note = 4, "loads a byte at a time, for the channels are interleaved; 16-byte stores"
+            elif patch == 14:
+                reached, note = 8, "8-byte loads, for a row of a patch is 56 bytes; 16-byte stores"
+            else:
+                reached, note = 16, ""
+            rows.append(
+                Shipped(_gather_patches_kernel, signature, constexprs, 4, 3, divisible, reached, note=note)
+            )
+    return rows
+
+
+def _width(columns: int) -> int:
+    return -(-columns // 8) * 8
+
+
+def _launch(images, packed, patch_size, mean, std, dtype) -> Tensor:
+    normalise = images.dtype == torch.uint8
+    planar = images.permute(0, 3, 1, 2) if normalise else images
+    channels = planar.shape[1]
+    width = _width(channels * patch_size**2)
+    out = torch.empty(packed.indices.shape[0], width, dtype=dtype, device=images.device)
+    blocks = triton.cdiv(packed.max_seqlen, BLOCK_TOKENS)
+    unused = [0.0] * MAX_CHANNELS
+    scale, shift = ((v + unused)[:MAX_CHANNELS] for v in (_affine(mean, std) if normalise else (unused, unused)))
+    if out.numel():
+        with torch.cuda.device_of(images):
+            _gather_patches_kernel[(packed.image.shape[0] * blocks,)](
+                planar,
+                *packed[:3],
+                out,
+                blocks,
+                planar.shape[3] // patch_size,
+                *planar.stride(),
+                *scale,
+                *shift,
+                CHANNELS=channels,
+                PATCH=patch_size,
+                WIDTH=width,
+                NORMALISE=normalise,
+                BLOCK_T=BLOCK_TOKENS,
+                BLOCK_K=BLOCK_COLUMNS,
+            )
+    return out
+
+
+def _gather(
+    images: Tensor,
+    indices: Tensor,
+    cu_seqlens: Tensor,
+    image: Tensor,
+    max_seqlen: int,
+    patch_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    body = _launch if use_triton(images) else gather_patches_ref
+    return body(images, Packed(indices, cu_seqlens, image, max_seqlen), patch_size, mean, std, dtype)
+
+
+def _gather_fake(images, indices, cu_seqlens, image, max_seqlen, patch_size, mean, std, dtype):
+    channels = images.shape[3 if images.dtype == torch.uint8 else 1]
+    return images.new_empty(indices.shape[0], _width(channels * patch_size**2), dtype=dtype)
+
+
+_gather_op = register(
+    "gather_patches(Tensor images, Tensor indices, Tensor cu_seqlens, Tensor image, SymInt max_seqlen, "
+    "int patch_size, float[] mean, float[] std, ScalarType dtype) -> Tensor",
+    _gather,
+    _gather_fake,
+)
+
+
+def _embed(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    pos_embed: Tensor | None,  # [N, D]
+    indices: Tensor,
+    *rest,  # the other arguments of _gather
+) -> Tensor:
+    patches = _gather_op(images, indices, *rest)  # [T, K]
+    weight = weight.to(patches.dtype).flatten(1)
+    weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
+    if pos_embed is None:
+        return torch.addmm(bias.to(patches.dtype), patches, weight)
+    # Where the matrix product starts to accumulate: no pass over the result afterwards.
+    start = (bias.float() + pos_embed.float()).to(patches.dtype).index_select(0, indices)
+    return start.addmm_(patches, weight)
+
+
+def _embed_fake(images, weight, bias, pos_embed, indices, *rest):
+    return images.new_empty(indices.shape[0], weight.shape[0], dtype=rest[-1])
+
+
+def _embed_setup_context(ctx, inputs, output):
+    images, weight, bias, _, indices, cu_seqlens, image, *ctx.arguments = inputs
+    ctx.save_for_backward(images, indices, cu_seqlens, image)
+    ctx.weight_shape, ctx.dtypes = weight.shape, (weight.dtype, bias.dtype)
+
+
+def _embed_backward(ctx, grad):
+    grad_weight = grad_bias = None
+    if ctx.needs_input_grad[1]:
+        patches = _gather_op(*ctx.saved_tensors, *ctx.arguments)
+        columns = ctx.weight_shape[1:].numel()
+        grad_weight = (grad.t() @ patches)[:, :columns].to(ctx.dtypes[0]).reshape(ctx.weight_shape)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.dtypes[1])
+    return None, grad_weight, grad_bias, *(None,) * (4 + len(ctx.arguments))
+
+
+_embed_op = register(
+    "embed_patches(Tensor images, Tensor weight, Tensor bias, Tensor? pos_embed, Tensor indices, Tensor cu_seqlens, "
+    "Tensor image, SymInt max_seqlen, int patch_size, float[] mean, float[] std, ScalarType dtype) -> Tensor",
+    _embed,
+    _embed_fake,
+    setup_context=_embed_setup_context,
+    backward=_embed_backward,
+)
 
 
 def gather_patches(
@@ -84,26 +313,7 @@ def gather_patches(
     Raises `ValueError` for what does not fit.
     """
     channels = _check(images, packed, patch_size, mean, std, dtype)
-    return gather_patches_ref(images, packed, patch_size, mean, std, dtype)[:, : channels * patch_size**2]
-
-
-def embed_patches_ref(
-    images: Tensor,
-    packed: Packed,
-    weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
-    patch_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    patches = gather_patches_ref(images, packed, patch_size, mean, std, dtype)
-    weight = weight.to(dtype).flatten(1)
-    weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1]))
-    # Bias and position are where the matrix product starts to accumulate: no pass over the result afterwards.
-    start = (bias.float() + pos_embed.float()).to(dtype).index_select(0, packed.indices)
-    return start.addmm_(patches, weight.t())
+    return _gather_op(images, *packed, patch_size, mean, std, dtype)[:, : channels * patch_size**2]
 
 
 def embed_patches(
@@ -137,7 +347,11 @@ def embed_patches(
     pos_shape = f"{num_patches}, {dim}"
     check_tensor("pos_embed", pos_embed, f"1, {pos_shape}" if pos_embed.ndim == 3 else pos_shape, device=images.device)
     pos_embed = pos_embed.reshape(num_patches, dim)
-    return embed_patches_ref(images, packed, weight, bias, pos_embed, patch_size, mean, std, dtype)
+    arguments = *packed, patch_size, mean, std, dtype
+    if not pos_embed.requires_grad or not torch.is_grad_enabled():
+        return _embed_op(images, weight, bias, pos_embed, *arguments)
+    position = gather_tokens(pos_embed[None], packed._replace(image=torch.zeros_like(packed.image)))
+    return _embed_op(images, weight, bias, None, *arguments) + position.to(dtype)
 
 
 def _num_patches(images: Tensor, patch_size: int) -> int:
@@ -152,7 +366,9 @@ def _check(
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
         check_tensor("images", images, "B, H, W, C", (torch.uint8,))
         _, height, width, channels = images.shape
-        if len(mean) != channels or len(std) != channels or min(std, default=1) <= 0:
+        if not 1 <= channels <= MAX_CHANNELS:
+            raise ValueError(f"images: want 1 to {MAX_CHANNELS} channels in uint8 [B, H, W, C], got {channels}")
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
             raise ValueError(
                 f"mean, std: want {channels} numbers each, one a channel of images [B, H, W, C], std positive, "
                 f"got {mean} and {std}"
