@@ -58,15 +58,17 @@ def masks_sheet(
     lefts = [_MARGIN + column * (panel + _GAP) for column in range(columns)]
     tops = [_HEADER + row * (panel + _CAPTION + _GAP) for row in range(rows)]
     width, height = lefts[-1] + panel + _MARGIN, tops[-1] + panel + _CAPTION + _MARGIN // 2
-    figure = Figure(figsize=((width + 0.5) / _DPI, (height + 0.5) / _DPI), dpi=_DPI)  # rounded down to whole pixels
+    # Pixels are inches * dpi rounded down, hence the thousandth.
+    figure = Figure(figsize=((width + 1e-3) / _DPI, (height + 1e-3) / _DPI), dpi=_DPI)
     FigureCanvasAgg(figure)
     sheet = figure.add_axes((0, 0, 1, 1))
 
     names = ["crop", "context", *(f"target {i + 1}" for i in range(columns - 2))]
     colours = [_INK, _INK, *itertools.islice(itertools.cycle(_TARGET_COLOURS), columns - 2)]
-    sheet.text(_MARGIN, 22, title, color=_INK, fontsize=12.5, fontweight="bold", va="top")
-    facts = f"crops of {size} x {size} pixels in {grid} x {grid} patches; what a panel does not hold is dimmed"
-    sheet.text(_MARGIN, 56, facts, color=_FAINT, fontsize=8.5, va="top")
+    points = min(12.5, (width - 2 * _MARGIN) / (1.4 * len(title)))  # a bold character is about 1.4 pixels a point wide
+    sheet.text(_MARGIN, 22, title, color=_INK, fontsize=points, fontweight="bold", va="top")
+    facts = f"{size} x {size} pixels in {grid} x {grid} patches; what a panel does not hold is dimmed"
+    sheet.text(_MARGIN, 56, facts, color=_FAINT, fontsize=min(8.5, points), va="top")
     for left, name, colour in zip(lefts, names, colours, strict=True):
         sheet.text(left, _HEADER - 9, name, color=colour, fontsize=9.5, fontweight="bold", va="bottom")
 
@@ -80,16 +82,16 @@ def masks_sheet(
             canvas[top : top + panel, left : left + panel] = _dim(crop, visible)
             kept = f"{visible.sum()} of {grid * grid} tokens" if left > lefts[0] else _name(masks.context.image, row)
             sheet.text(left, top + panel + 6, kept, color=_FAINT, fontsize=7.5, va="top")
-        for left, visible, colour in list(zip(lefts, panels, colours, strict=False))[:0:-1]:
-            if left > lefts[1]:
-                _outline(sheet, visible, lefts[1], top, cell, colour, width=0.5)  # why the context has its holes
-            _outline(sheet, visible, left, top, cell, colour, width=1.0)
+        for block, left, colour in zip(targets_of[row], lefts[2:], colours[2:], strict=False):
+            _outline(sheet, block, left, top, cell, colour, width=1.0)
+            _outline(sheet, block, lefts[1], top, cell, colour, width=0.5)  # why the context has its holes
+        _outline(sheet, contexts[row], lefts[1], top, cell, _INK, width=1.0)
 
     sheet.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest")
     sheet.set(xlim=(0, width), ylim=(height, 0))
     sheet.axis("off")
     Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_path, dpi=_DPI)
+    figure.savefig(out_path, dpi=_DPI, format="png")
     return Path(out_path)
 
 
@@ -182,7 +184,7 @@ def _draw_masks(args: argparse.Namespace, overrides: list[str]) -> None:
         raise UserError(f"--images must be at least 1 and --step at least 0, not {args.images} and {args.step}")
     config, notes = load_config(args.config, overrides)
     for note in notes:
-        print(note)
+        print(f"released config: {note}")
     data, seed, batch = config.data, config.train.seed, config.optim.global_batch_size
     images = min(args.images, batch)
     masks = MultiBlockMasks(config.mask, config.grid, seed, batch)
@@ -198,8 +200,11 @@ def _draw_masks(args: argparse.Namespace, overrides: list[str]) -> None:
     ):  # fmt: skip
         first = next(loader.batches(args.step, args.step + 1))
     title = masks_title(config.mask, args.step)
-    sets = config.mask.views * config.mask.num_contexts
-    print(masks_sheet(first.images, first.masks, config.model.patch_size, args.out, title, rows=images * sets))
+    rows = len(first.masks.context.image)
+    try:
+        print(masks_sheet(first.images, first.masks, config.model.patch_size, args.out, title, rows=rows))
+    except OSError as error:
+        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":

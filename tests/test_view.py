@@ -112,6 +112,7 @@ def test_masks_command_draws_what_the_run_sees(folder, capsys):
         (["--config", "run.yaml", "mask.min_keep=60"], "mask.min_keep=60 cannot be met"),
         (["--config", "run.yaml", "data.root=nowhere"], "nowhere"),
         (["--config", "run.yaml", "optim.global_batch_size=16"], "8 images are fewer"),
+        (["--config", "run.yaml", "--out", "run.yaml/masks.png"], "--out run.yaml/masks.png cannot be written"),
         (["--config", "run.yaml", "--images", "0"], "--images must be at least 1"),
         (["--config", "run.yaml", "--step", "-1"], "--step at least 0"),
     ],
