@@ -313,3 +313,60 @@ def test_reference_takes_float64():
     want = 0.9 * target[0] + 0.1 * source[0]
     ema_update_ref(target, source, 0.1)
     torch.testing.assert_close(target[0], want, rtol=1e-15, atol=1e-15)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_follows_momentum_and_weights(monkeypatch):
+    """A captured update reads momentum and weights when it is replayed, and its table outlives the cache of plans."""
+    monkeypatch.setattr(ema, "_plans", {})
+    target, source = lists("cuda")
+    low = [t.bfloat16() for t in target]
+    momentum = torch.tensor(0.5, device="cuda", dtype=torch.float64)
+    ema_update_(target, source, momentum, low_precision=low)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(target, source, momentum, low_precision=low)
+    kept = [lists("cuda", [(3,)]) for _ in range(2 * ema.MAX_PLANS)]
+    for pair in kept:
+        ema_update_(*pair, 0.9)
+    for value in (0.996, 0.0):
+        momentum.fill_(value)
+        for s in source:
+            s.add_(1)
+        before = clones(target)
+        graph.replay()
+        assert_within_one_ulp_of_lerp(target, before, source, 1 - value)
+        assert all(torch.equal(x, t.bfloat16()) for x, t in zip(low, target, strict=True))
+
+
+@pytest.mark.gpu
+def test_capture_without_a_first_call_says_so(monkeypatch):
+    monkeypatch.setattr(ema, "_plans", {})
+    target, source = lists("cuda")
+    says = "call it once with these tensors before capturing"
+    with pytest.raises(RuntimeError, match=says), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        ema_update_(target, source, 0.9)
+
+
+@pytest.mark.gpu
+def test_one_launch_and_no_wait_for_the_device():
+    target, source = lists("cuda")
+    momentum = torch.tensor(0.9, device="cuda")
+    ema_update_(target, source, momentum)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            ema_update_(target, source, momentum)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    assert kernels == ["_ema_kernel"]
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    size = 2**31 + CHUNK + 5
+    target = torch.zeros(size, device="cuda")
+    source = torch.ones(size, device="cuda", dtype=torch.bfloat16)
+    ema_update_([target], [source], 0.75)
+    assert target.aminmax() == (0.25, 0.25)

@@ -300,3 +300,76 @@ def test_bad_input(match, change):
     arguments = dict(pred=pred, target=target, packed=packed) | change
     with pytest.raises(ValueError, match=match):
         smooth_l1_loss(**arguments)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_of_loss_and_gradient():
+    pred, target, packed = inputs("cuda", dim=384)
+    other = inputs("cuda", lengths=(4, 3, 2, 4), dim=384)  # as many tokens, in other sequences
+
+    def step():
+        return (loss := smooth_l1_loss(pred, target, packed)), *torch.autograd.grad(loss, pred)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for static, new in zip((pred, target, *packed[:3]), (other[0] * 2, other[1], *other[2][:3]), strict=True):
+            static.copy_(new)
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.gpu
+def test_no_wait_for_the_device():
+    pred, target, packed = inputs("cuda")
+    smooth_l1_loss(pred, target, packed).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (smooth_l1_loss(pred, target, packed) * 2).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements():
+    """Targets of 4.3 GB, of which the last image's rows are read; then predictions and gradient of 4.3 GB each."""
+    dim, num_patches = 1024, 256
+    batch = 2**31 // (num_patches * dim) + 2
+    target = torch.zeros(batch, num_patches, dim, device="cuda", dtype=torch.bfloat16)
+    target[-1].normal_(generator=torch.Generator("cuda").manual_seed(0))
+    packed = packed_of((7, 9), num_patches, (batch - 1, batch - 1), "cuda")
+    pred = torch.randn(16, dim, device="cuda").bfloat16().requires_grad_()
+    last = packed._replace(image=torch.zeros_like(packed.image))
+    want = reference(pred, target[-1:], last)
+    loss = smooth_l1_loss(pred, target, packed)
+    torch.testing.assert_close(loss.double().cpu(), want[0], rtol=RELATIVE, atol=0)
+    (gradient,) = torch.autograd.grad(loss, pred)
+    torch.testing.assert_close(gradient.double().cpu(), want[1], rtol=2**-8, atol=1e-8)
+    del target
+
+    sequences = 2**31 // (num_patches * dim) + 1
+    many = Packed.dense(sequences, num_patches, "cuda")._replace(image=torch.zeros(sequences, dtype=torch.int32).cuda())
+    target = torch.randn(1, num_patches, dim, device="cuda").bfloat16()
+    pred = torch.zeros(sequences * num_patches, dim, device="cuda", dtype=torch.bfloat16)
+    pred[-num_patches:].normal_()
+    pred.requires_grad_()
+    (gradient,) = torch.autograd.grad(2 * smooth_l1_loss(pred, target, many, denominator=1), pred)
+    tail = pred.detach()[-num_patches:].requires_grad_()
+    want = reference(tail, target, Packed.dense(1, num_patches), upstream=2.0, denominator=1)[1]
+    torch.testing.assert_close(gradient[-num_patches:].double().cpu(), want, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor():
+    pred, target, packed = inputs("cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(lambda p: smooth_l1_loss(p * 2, target, packed), fullgraph=True)
+    (got,) = torch.autograd.grad(compiled(pred), pred)
+    (want,) = torch.autograd.grad(smooth_l1_loss(pred * 2, target, packed), pred)
+    torch.testing.assert_close(got, want, rtol=2**-7, atol=0)  # a fused multiplication rounds once less
