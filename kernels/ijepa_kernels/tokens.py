@@ -35,7 +35,7 @@ def gather_tokens_ref(x: Tensor, packed: Packed) -> Tensor:
     return x[rows // num_patches, rows % num_patches]
 
 
-def _columns(dim: int) -> int:
+def tile_columns(dim: int) -> int:
     """The columns of a tile: 64 or 128 where that divides `dim`, so that no mask splits a 16-byte word."""
     divisor = min(dim & -dim, 128)
     return divisor if divisor >= 64 else min(triton.next_power_of_2(dim), 128)
@@ -109,7 +109,7 @@ def shipped() -> list[Shipped]:
     rows = []
     for dim in (192, 384, 768, 1024, 1280, 1408):
         for dtype in ("bf16", "fp32"):
-            tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": _columns(dim)}
+            tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": tile_columns(dim)}
             forward = {
                 "x_ptr": f"*{dtype}",
                 "indices_ptr": "*i32",
@@ -140,7 +140,7 @@ def _launch_forward(x: Tensor, packed: Packed) -> Tensor:
     if out.numel():
         with torch.cuda.device_of(x):
             _gather_tokens_fwd_kernel[(packed.image.shape[0] * blocks,)](
-                x, *packed[:3], out, blocks, *x.stride(), DIM=dim, BLOCK_T=BLOCK_TOKENS, BLOCK_D=_columns(dim)
+                x, *packed[:3], out, blocks, *x.stride(), DIM=dim, BLOCK_T=BLOCK_TOKENS, BLOCK_D=tile_columns(dim)
             )
     return out
 
@@ -155,7 +155,7 @@ def _launch_backward(grad: Tensor, packed: Packed, num_images: int, num_patches:
         starts = torch.searchsorted(row, every_row, out_int32=True)
         with torch.cuda.device_of(grad):
             _gather_tokens_bwd_kernel[(triton.cdiv(num_rows, BLOCK_TOKENS),)](
-                grad, order, starts, grad_x, num_rows, DIM=dim, BLOCK_T=BLOCK_TOKENS, BLOCK_D=_columns(dim)
+                grad, order, starts, grad_x, num_rows, DIM=dim, BLOCK_T=BLOCK_TOKENS, BLOCK_D=tile_columns(dim)
             )
     return grad_x
 
