@@ -33,6 +33,7 @@ RECORD = np.dtype([
     ("flag", "<i4"),  # 0: nothing known against this image
 ])
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 
 _FORMAT = "ijepa_fast index 1"
 _ALIGN = 64  # of each section in the file, bytes
@@ -94,8 +95,7 @@ def build_index(
     The class of an image is the folder directly below `root` that it lies in (sorted names give the labels 0, 1, ...);
     an image in `root` itself has none. Symbolic links are followed, names that begin with a dot are left out. Raises
     `UserError` for a missing root, a root without images and an image whose header cannot be read. `cache_dir`: by
-    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so. With `write_cache=False` nothing is
-    written at all.
+    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so; `write_cache=False` does not try.
     """
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):
@@ -163,9 +163,6 @@ def _walk(root: str) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
         except OSError as error:
             raise UserError(f"folder {os.fsdecode(where)} cannot be listed: {error.strerror}") from None
     return images, folders, others
-
-
-_SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 
 
 def _read_headers(root: str, images: list[bytes], threads: int) -> np.ndarray:
