@@ -255,7 +255,7 @@ def _padded(data: bytes) -> bytes:
 
 
 def _checksum(header: dict[str, Any], body: bytes | np.ndarray) -> int:
-    return zlib.crc32(body, zlib.crc32(json.dumps(header).encode()))  # 2 GB/s: 14 million records in 0.3 s
+    return zlib.crc32(body, zlib.crc32(json.dumps(header).encode()))  # 14 million records load in 0.7 s
 
 
 def _load(cache_file: str, root: str) -> Index | None:
