@@ -140,8 +140,10 @@ def straight_loss(
     contexts: list[Tensor],
     targets: list[Tensor],
     kind: str = "smooth_l1",
+    *,
+    autocast: bool = True,
 ) -> Tensor:
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=images.is_cuda):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=autocast and images.is_cuda):
         with torch.no_grad():
             features = target_encoder(images)
             features = F.layer_norm(features, features.shape[-1:])
@@ -165,7 +167,11 @@ def straight_step(
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    with torch.no_grad():
-        for source, target in zip(encoder.parameters(), target_encoder.parameters(), strict=True):
-            target.mul_(momentum).add_((1.0 - momentum) * source)
+    straight_ema(target_encoder, encoder, momentum)
     return loss.detach()
+
+
+@torch.no_grad()
+def straight_ema(target_encoder: nn.Module, encoder: nn.Module, momentum: float) -> None:
+    for source, target in zip(encoder.parameters(), target_encoder.parameters(), strict=True):
+        target.mul_(momentum).add_((1.0 - momentum) * source)

@@ -1,0 +1,145 @@
+"""One case of a benchmark: the same work by several providers, each proven right before any is timed.
+
+What is timed is what was checked: a variant's gate looks at the result of the very call that is then sampled. A variant
+whose gate is red has no time. All others of the case are sampled in turn, and beside them, where the op's own formula
+says how many bytes it must move, a plain copy of as many bytes: the floor that the op is held against.
+"""
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.machine import Ceilings, copy_call
+from bench.timing import Call, Sampler, Timing, build_sampler, interleave
+
+
+class NotRun(Exception):
+    """A variant that cannot run here, with the reason that its row will give."""
+
+
+@dataclass
+class Variant:
+    """One provider. `make()` builds inputs of its own (the same values every time) and returns the call to time."""
+
+    make: Callable[[], Call]
+    gate: Callable[[], None] | None = None  # instead of Case.check on the call's first result
+    graph: bool = True  # whether a CUDA graph can capture the call
+    info: Callable[[Timing], dict[str, Any]] | None = None  # further fields of its row
+
+
+@dataclass
+class Case:
+    variants: dict[str, Variant]
+    shapes: dict[str, Any]
+    dtype: torch.dtype
+    check: Callable[[Any], None] | None = None  # raises AssertionError for a wrong result of a call
+    nbytes: int | None = None  # the fewest bytes the op must move, by its own formula
+    flops: float | None = None  # those of tokens that exist
+    block: tuple[int, int, int] | None = None  # rows, dim, mlp_dim: the products whose rate bounds `flops`
+    seconds: float = 0.5  # of sampling, a variant
+    info: dict[str, Any] = field(default_factory=dict)  # further fields of every row
+
+
+@dataclass
+class Outcome:
+    """What became of one variant: a row's fields, or why there is no time, or the error that stopped it."""
+
+    fields: dict[str, Any]
+    timing: Timing | None = None
+    error: BaseException | None = None
+
+
+def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
+    """Gate, then time every variant; `pace` scales the time spent. An outcome for each, whatever happens to others."""
+    device = ceilings.device
+    matmul = case.flops / ceilings.matmul_rate(*case.block, case.dtype) if case.flops and case.block else None
+    # All are proven before the first is warmed up: the providers of a step share their weights, and a step moves them.
+    calls, outcomes = _each(case.variants, lambda name, variant: prove(name, case, variant))
+
+    def sampler(name: str, call: Call) -> Sampler:
+        variant = case.variants[name]
+        return build_sampler(variant.make, device, first=call, nbytes=case.nbytes or 0, graph=variant.graph)
+
+    samplers, failed = _each(calls, sampler)
+    outcomes |= failed
+    if not samplers:
+        return outcomes
+    if case.nbytes:
+        samplers["copy"] = build_sampler(lambda: copy_call(case.nbytes, device), device, nbytes=case.nbytes)
+    timings = interleave(samplers, seconds=case.seconds * pace, min_rounds=max(3, round(7 * min(pace, 1))))
+    floor = lowest_time(timings.pop("copy", None), matmul)
+    for name, timing in timings.items():
+        fields = {"status": "timed", "seconds": timing.summary(), "clock": timing.clock, **floor}
+        if timing.launch_s is not None:
+            fields["launch_us"] = 1e6 * timing.launch_s
+        if floor:
+            fields["share"] = floor["floor_s"] / timing.median
+        if variant_info := case.variants[name].info:
+            fields |= variant_info(timing)
+        outcomes[name] = Outcome(fields, timing)
+    return outcomes
+
+
+def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
+    """One variant after another: `make()` itself proves, observes and returns a row's fields; `pace` plays no part."""
+    seen, outcomes = _each(case.variants, lambda _, variant: variant.make())
+    for name, fields in seen.items():
+        timing = Timing("wall", None, [fields["seconds"]["median"]])
+        outcomes[name] = Outcome({"status": "observed", **fields}, timing)
+    return outcomes
+
+
+def prove(name: str, case: Case, variant: Variant) -> Call:
+    """The call to time, after its gate. Raises AssertionError where that is red, ValueError where there is none."""
+    if variant.gate is not None:
+        variant.gate()
+        return variant.make()
+    if case.check is None:
+        raise ValueError(f"{name} has no gate, and nothing is timed without one")
+    call = variant.make()
+    case.check(call())
+    return call
+
+
+def _each(items: dict[str, Any], do: Callable[[str, Any], Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
+    """`do` of every item: the results of those that succeed, and what to report of the others."""
+    done, failed = {}, {}
+    for name, item in items.items():
+        try:
+            done[name] = do(name, item)
+        except NotRun as reason:
+            failed[name] = Outcome({"status": f"not run: {reason}"})
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            failed[name] = Outcome({"status": "out of memory"})
+        except Exception as error:
+            kind = "gate red" if isinstance(error, AssertionError) else "error"
+            failed[name] = Outcome({"status": f"{kind}: {_first_line(error)}"}, error=error)
+    return done, failed
+
+
+def lowest_time(copy: Timing | None, matmul: float | None) -> dict[str, Any]:
+    """The least time a case can take on this machine, and what bounds it: a copy of its bytes, or its products."""
+    bounds = {} if copy is None else {"copy": copy.median}
+    if matmul is not None:
+        bounds["matmul"] = matmul
+    if not bounds:
+        return {}
+    bound = max(bounds, key=bounds.get)
+    return {"floor_s": bounds[bound], "bound": bound}
+
+
+def assert_close(actual: Iterable[torch.Tensor], expected: Iterable[torch.Tensor], tolerance: float) -> None:
+    """Every tensor within `tolerance` of the largest magnitude in its expected one, and not a NaN anywhere."""
+    actual, expected = list(actual), list(expected)
+    assert len(actual) == len(expected), f"{len(actual)} tensors where {len(expected)} are expected"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == e.shape, f"tensor {i} is {list(a.shape)}, expected {list(e.shape)}"
+        worst = (a.double() - e.to(a.device).double()).abs().max().item() if a.numel() else 0.0
+        limit = tolerance * max(e.abs().max().item() if e.numel() else 0.0, 1e-30)
+        assert worst <= limit, f"tensor {i} is off by {worst:.2e}, allowed {limit:.2e}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,193 @@
+"""Puts the harness under pytest: options, the `bench` fixture, and the list of what was not run.
+
+A row of the benchmark is a test item with a parameter `provider`. The first item of a case measures all its providers
+in turn; every item then reports its own. pytest-benchmark gets the samples through a clock that replays them, since on
+a GPU time is taken by events and not between two calls of a timer.
+"""
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.compare import Case, Outcome, measure
+from bench.machine import Ceilings, cores, describe, settle
+from bench.rows import Record
+
+QUICK_PACE = 0.25
+
+
+class ReplayClock:
+    """A timer for pytest-benchmark that shows time that was measured before."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+CLOCK = ReplayClock()
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("ijepa benchmarks")
+    group.addoption("--quick", action="store_true", help="two minutes: the marked cases only, fewer samples")
+    group.addoption("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code to time")
+    group.addoption("--device", default=None, help="cpu or cuda; left out: cuda where there is one")
+    group.addoption("--threads", type=int, default=cores(), help="torch's own threads (default: the machine's cores)")
+    group.addoption("--record", type=Path, metavar="FILE", help="write every row into this JSON file")
+    group.addoption("--again", action="store_true", help="the rows are a second run of those in --record: compare")
+    group.addoption("--budget", type=float, metavar="S", help="start no further case after this many seconds")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "quick: the case is part of --quick")
+    config.addinivalue_line("markers", "gpu_only: the case is too large for a CPU")
+    config.addinivalue_line("markers", "cpu_only: the case measures the host")
+    config.stash[SESSION] = Session(config)
+
+
+def pytest_collection_modifyitems(config, items):
+    session = config.stash[SESSION]
+    for item in items:
+        if "bench" not in item.fixturenames:
+            continue
+        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if session.device.type == "cpu" and item.get_closest_marker("gpu_only"):
+            session.leave_out(item, "GPU only")
+        elif config.getoption("quick") and not item.get_closest_marker("quick"):
+            session.leave_out(item, "not part of --quick")
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    session = config.stash[SESSION]
+    if session.not_run:
+        terminalreporter.section("not run")
+        for (op, reason), count in sorted(Counter(session.not_run).items()):
+            terminalreporter.line(f"{op}: {count} row{'s' * (count != 1)}: {reason}")
+    if session.ceilings.measured:
+        terminalreporter.section("ceilings of this machine, measured in this session")
+        for name, rate in session.ceilings.measured.items():
+            unit, scale = ("GB/s", 1e9) if name == "copy" else ("TFLOP/s", 1e12)
+            terminalreporter.line(f"{name}: {rate / scale:.4g} {unit}")
+
+
+class Session:
+    """What the cases of one run share."""
+
+    def __init__(self, config):
+        name = config.getoption("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.device = config, torch.device(name)
+        self.pace = QUICK_PACE if config.getoption("quick") else 1.0
+        self.ceilings = Ceilings(self.device)
+        self.not_run: list[tuple[str, str]] = []
+        self.measured: tuple[str, dict[str, Outcome], Case] | None = None  # the last case
+        self.started = None
+        path = config.getoption("record")
+        self.record = Record(path, again=config.getoption("again")) if path else None
+
+    def start(self) -> None:
+        """Once, before the first case: pin the threads, settle the clocks, say what the machine is."""
+        if self.started is not None:
+            return
+        self.started = time.monotonic()
+        torch.set_num_threads(self.config.getoption("threads"))
+        settle(self.device)
+        if self.record is not None:
+            self.record.open_session(describe(self.device))["ceilings"] = self.ceilings.measured
+        self.ceilings.copy_bandwidth()
+
+    def leave_out(self, item, reason: str) -> None:
+        item.add_marker(pytest.mark.skip(reason=f"not run: {reason}"))
+        item.stash[REASON] = reason
+
+    def out_of_time(self) -> bool:
+        budget = self.config.getoption("budget")
+        return budget is not None and time.monotonic() - self.started > budget
+
+    def report(self, item, fields: dict) -> None:
+        suite, op, case, provider = identity(item)
+        if fields["status"] not in ("timed", "observed"):
+            self.not_run.append((f"{op}[{case}]" if case else op, fields["status"].removeprefix("not run: ")))
+        if self.record is not None:
+            self.record.add({"suite": suite, "op": op, "case": case, "provider": provider, **fields})
+
+
+SESSION = pytest.StashKey[Session]()
+REASON = pytest.StashKey[str]()
+
+
+def identity(item) -> tuple[str, str, str, str]:
+    """suite, op, case and provider of an item: test_bench_ops.py::test_bench_ema[vit_base-ours] and so on."""
+    suite, op = item.path.stem.removeprefix("test_bench_"), item.originalname.removeprefix("test_bench_")
+    params = item.callspec.id.split("-") if hasattr(item, "callspec") else []
+    provider = str(item.callspec.params.get("provider", "ours")) if params else "ours"
+    if provider in params:
+        params.remove(provider)
+    return suite, op, "-".join(params), provider
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Items left out at collection still have their row."""
+    if REASON in item.stash:
+        session = item.config.stash[SESSION]
+        session.start()
+        session.report(item, {"status": f"not run: {item.stash[REASON]}"})
+
+
+class Bench:
+    """The fixture: `bench(build)` measures the case `build()` makes, once for its providers, and reports a row."""
+
+    def __init__(self, session: Session, item, benchmark):
+        self.session, self.item, self.benchmark = session, item, benchmark
+        self.device, self.quick = session.device, session.config.getoption("quick")
+        self.released = session.config.getoption("released")
+
+    def __call__(self, build, how=measure) -> None:
+        suite, op, name, provider = identity(self.item)
+        key = f"{suite} {op} {name}".strip()
+        session = self.session
+        if session.measured is None or session.measured[0] != key:
+            session.measured = None  # frees the last case's tensors before this one's are made
+            if session.out_of_time():
+                self._skip("out of time")
+            case = build()
+            session.measured = key, how(case, session.ceilings, pace=session.pace), case
+            case.variants = {}
+        _, outcomes, case = session.measured
+        outcome = outcomes[provider]
+        about = {"shapes": case.shapes, "dtype": str(case.dtype).removeprefix("torch.")}
+        fields = {**about, "bytes": case.nbytes, "flops": case.flops, **case.info, **outcome.fields}
+        self.report(key, fields, outcome.timing.samples if outcome.timing else [], outcome.error)
+
+    def report(self, group: str, fields: dict, samples: list[float], error: BaseException | None = None) -> None:
+        """Record a row and give pytest-benchmark its samples; without any, skip the item or fail it with `error`."""
+        self.session.report(self.item, fields)
+        if error is not None:
+            raise error
+        if not samples:
+            self._skip(fields["status"].removeprefix("not run: "), reported=True)
+        self.benchmark.group = group
+        self.benchmark.extra_info.update(fields)
+        remaining = iter(samples)
+
+        def tick() -> None:
+            CLOCK.now += next(remaining)
+
+        self.benchmark.pedantic(tick, rounds=len(samples))
+
+    def _skip(self, reason: str, *, reported: bool = False) -> None:
+        if not reported:
+            self.session.report(self.item, {"status": f"not run: {reason}"})
+        self.benchmark.skipped = True
+        pytest.skip(f"not run: {reason}")
+
+
+@pytest.fixture
+def bench(request, benchmark) -> Bench:
+    session = request.config.stash[SESSION]
+    session.start()
+    return Bench(session, request.node, benchmark)

@@ -1,0 +1,93 @@
+"""The record of a run: one JSON file, whole after every row, and the table of it that fits a terminal."""
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MAX_LINES = 60
+KEY = ("suite", "op", "case", "provider")
+
+
+class Record:
+    """`{"sessions": [machine and ceilings], "rows": [...]}` in a file, replaced whole at each change.
+
+    A cut-off run so keeps what it had. A row that is measured again takes the place of the old one, and says which
+    session it comes from. With `again`, rows of a second run do not replace the first's: they add how far they differ.
+    """
+
+    def __init__(self, path: Path, *, again: bool = False):
+        self.path, self.again = path, again
+        self.data: dict[str, Any] = {"sessions": [], "rows": []}
+        if path.exists():
+            self.data = json.loads(path.read_text())
+
+    def open_session(self, machine: dict[str, Any]) -> dict[str, Any]:
+        """Add a session; what is put into the returned dict is written with the next row."""
+        session = {**machine, "ceilings": {}, "again": self.again}
+        self.data["sessions"].append(session)
+        return session
+
+    def add(self, row: dict[str, Any]) -> None:
+        rows, key = self.data["rows"], key_of(row)
+        at = next((i for i, old in enumerate(rows) if key_of(old) == key), None)
+        session = len(self.data["sessions"]) - 1
+        if self.again and at is not None:
+            if row["status"] == rows[at]["status"] == "timed":
+                rows[at]["again"] = repeat(rows[at], row, session)
+        elif at is not None:
+            rows[at] = {**row, "session": session}
+        else:
+            rows.append({**row, "session": session})
+        self.write()
+
+    def write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(self.data, indent=1) + "\n")
+        os.replace(partial, self.path)
+
+
+def key_of(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(row[name] for name in KEY)
+
+
+def repeat(first: dict[str, Any], second: dict[str, Any], session: int) -> dict[str, Any]:
+    """The second run's median of a row, and how far apart the two are, of the smaller."""
+    a, b = first["seconds"]["median"], second["seconds"]["median"]
+    return {"median": b, "differs": max(a, b) / min(a, b) - 1, "session": session}
+
+
+def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
+    """At most `max_lines` lines, the rows farthest from their ceiling first; what is left out is counted."""
+    timed = sorted((r for r in rows if r["status"] == "timed"), key=lambda r: r.get("share", float("inf")))
+    others = [r for r in rows if r["status"] != "timed"]
+    lines = [f"{'row':58s} {'provider':>9s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
+    lines += [_timed_line(row) for row in timed]
+    lines += [f"{_name(row):58s} {row['provider']:>9s} {row['status'][:60]}" for row in others]
+    if len(lines) > max_lines:
+        left_out = len(lines) - max_lines + 1
+        lines = [*lines[: max_lines - 1], f"... and {left_out} rows more, in the record"]
+    return lines
+
+
+def _timed_line(row: dict[str, Any]) -> str:
+    seconds = row["seconds"]
+    times = " ".join(f"{format_time(seconds[name]):>10s}" for name in ("median", "p10", "p90"))
+    share = f"{row['share']:.0%} {row['bound']}" if "share" in row else "-"
+    notes = []
+    if "images_per_s" in row:
+        notes.append(f"{row['images_per_s']:.1f} images/s")
+    if row.get("again", {}).get("differs", 0) >= 0.05 and seconds["median"] > 1e-4:
+        notes.append(f"second run differs by {row['again']['differs']:.0%}")
+    return f"{_name(row):58s} {row['provider']:>9s} {times} {share:>10s}  {', '.join(notes)}".rstrip()
+
+
+def _name(row: dict[str, Any]) -> str:
+    return f"{row['op']}[{row['case']}]" if row["case"] else row["op"]
+
+
+def format_time(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e9:.3g} ns"

@@ -1,0 +1,75 @@
+"""The correctness gate of whole steps: no provider is timed before its loss and gradients are those of `straight`."""
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bench.providers import Provider
+from bench.straight import straight_loss
+from bench.workload import Setup
+
+
+class Gate:
+    """Loss and gradients of every provider against `straight` in fp32, at the shared weights.
+
+    A provider may be off by twice what `straight` itself loses to its dtype, and by the rounding of fp32 sums
+    (ROUNDING). The reference takes a few images at a time, one where masks are ragged: `straight` cannot take those
+    otherwise, and in fp32 its activations for a whole batch would not fit.
+    """
+
+    ROUNDING = 1e-4
+    IMAGES = 16
+
+    def __init__(self, setup: Setup):
+        self.setup = setup
+        self.reference: tuple[Tensor, Tensor] | None = None
+        self.allowed = 0.0
+
+    def __call__(self, provider: Provider) -> None:
+        if self.reference is None:
+            self.reference = self._straight(autocast=False)
+            if self.setup.dtype != torch.float32:
+                own = self._straight(autocast=True)
+                self.allowed = 2 * max(self._error(own))
+        loss, gradients = provider.gradients()
+        loss_error, gradient_error = self._error((loss, _flat(gradients)))
+        limit = self.allowed + self.ROUNDING
+        assert loss_error <= limit, f"the loss is off by {loss_error:.1e} of it, allowed {limit:.1e}"
+        assert gradient_error <= limit, f"the gradient is off by {gradient_error:.1e} of it, allowed {limit:.1e}"
+
+    def _error(self, result: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        return tuple(((a - b).norm() / b.norm()).item() for a, b in zip(result, self.reference, strict=True))
+
+    def _straight(self, *, autocast: bool) -> tuple[Tensor, Tensor]:
+        setup = self.setup
+        modules = setup.straight()
+        trained = [p for m in modules[:2] for p in m.parameters() if p.requires_grad]
+        loss = torch.zeros((), device=setup.device)
+        total = [torch.zeros_like(p) for p in trained]
+        for images, contexts, targets, weight in self._parts():
+            part = weight * straight_loss(*modules, images, contexts, targets, autocast=autocast)
+            torch._foreach_add_(total, torch.autograd.grad(part, trained))
+            loss += part.detach()
+        return loss, _flat(total)
+
+    def _parts(self) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor], float]]:
+        """Images, rectangular masks and their share of the loss."""
+        setup = self.setup
+        if setup.contexts is not None:
+            for start in range(0, setup.batch, self.IMAGES):
+                part = slice(start, start + self.IMAGES)
+                images = setup.floats[part]
+                masks = ([mask[part] for mask in side] for side in (setup.contexts, setup.targets))
+                yield images, *masks, len(images) / setup.batch
+            return
+        context, target, _ = setup.masks
+        contexts = context.indices.long().split(setup.lengths[0].tolist())
+        targets = target.indices.long().split(setup.lengths[1].tolist())
+        for i, one in enumerate(contexts):
+            of_image = [t[None] for t in targets[4 * i : 4 * i + 4]]
+            share = sum(t.numel() for t in of_image) / len(target.indices)
+            yield setup.floats[i : i + 1], [one[None]], of_image, share
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([x.flatten().float() for x in tensors])

@@ -1,0 +1,42 @@
+"""The peak memory of a step: what lives from step to step, and the most that a step holds beyond it.
+
+Providers take turns: each is built, proven by the gate of the step suite, followed through one step, and freed. The
+time of a row is that of the one step whose memory was followed, and no measure of speed.
+"""
+import time
+
+import pytest
+
+from bench.compare import Case, Variant, observe
+from bench.memory import peak_bytes
+from bench.providers import PROVIDERS
+from bench.step_gate import Gate
+from bench.workload import MODELS, Setup
+
+GPU_ONLY = [pytest.param(name, marks=pytest.mark.gpu_only) for name, model in MODELS.items() if model.cpu_batch is None]
+ON_CPU = [pytest.param("S16", marks=pytest.mark.quick), "B16"]
+
+
+def memory_case(model: str, collate: str, bench) -> Case:
+    setup = Setup(MODELS[model], collate, bench.device, bench.released)
+    gate = Gate(setup)
+
+    def follow(name: str) -> dict:
+        provider = PROVIDERS[name](setup)
+        gate(provider)
+        provider.step()  # makes the optimizer's state
+        started = time.perf_counter()
+        peak = peak_bytes(provider.step, setup.device)
+        seconds = time.perf_counter() - started
+        persistent = provider.persistent_bytes()
+        return {"peak_bytes": persistent + peak, "persistent_bytes": persistent, "seconds": {"median": seconds}}
+
+    shapes = {"model": setup.model.encoder, "batch": setup.batch, "collate": collate}
+    return Case({name: Variant(lambda name=name: follow(name)) for name in PROVIDERS}, shapes, setup.dtype)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("collate", ["truncate", "ragged"])
+@pytest.mark.parametrize("model", [*ON_CPU, *GPU_ONLY])
+def test_bench_memory(bench, model, collate, provider):
+    bench(lambda: memory_case(model, collate, bench), observe)

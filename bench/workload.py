@@ -1,0 +1,151 @@
+"""What is measured: the models, and for each its weights and one batch of images and masks that all providers get."""
+import copy
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed
+from torch import Tensor, nn
+
+from bench.straight import StraightEncoder, StraightPredictor
+from ijepa_fast.config import MaskConfig
+from ijepa_fast.flops import StepFlops, step_flops
+from ijepa_fast.masks import Masks, MultiBlockMasks
+from ijepa_fast.model import SIZES, Size, build_encoder, build_predictor
+
+IMAGE_SIZE = 224
+PREDICTOR_DIM = 384
+
+
+class Model(NamedTuple):
+    """A recipe of the paper at 224 px; the batch is also the group within which contexts are truncated."""
+
+    encoder: str
+    patch_size: int
+    predictor_depth: int
+    gpu_batch: int
+    cpu_batch: int | None = None  # None: not run on a CPU
+
+    @property
+    def size(self) -> Size:
+        return SIZES[self.encoder]
+
+    @property
+    def predictor_size(self) -> Size:
+        return Size(PREDICTOR_DIM, self.predictor_depth, self.size.num_heads, 4 * PREDICTOR_DIM)
+
+    @property
+    def grid(self) -> int:
+        return IMAGE_SIZE // self.patch_size
+
+    def batch(self, device: torch.device) -> int:
+        return self.gpu_batch if device.type == "cuda" else self.cpu_batch
+
+
+MODELS = {
+    "S16": Model("vit_small", 16, 6, 256, 16),
+    "B16": Model("vit_base", 16, 6, 256, 4),
+    "L16": Model("vit_large", 16, 12, 128),
+    "H14": Model("vit_huge", 14, 12, 128),
+    "g16": Model("vit_giant", 16, 16, 64),
+}
+
+
+def draw_masks(grid: int, batch: int, collate: str, steps: int = 16) -> Masks:
+    """Of the first `steps` steps' masks from the real sampler, those with the median number of tokens; on the CPU."""
+    sampler = MultiBlockMasks(MaskConfig(collate=collate, group=batch), grid, seed=0, global_batch=batch)
+    drawn = [sampler.sample(step, 0, batch) for step in range(steps)]
+    drawn.sort(key=lambda masks: len(masks.context.indices) + len(masks.target.indices))
+    return drawn[steps // 2]
+
+
+def masks_to(masks: Masks, device: torch.device) -> Masks:
+    return Masks(masks.context.to(device), masks.target.to(device), masks.context_of.to(device))
+
+
+def rectangular(packed: Packed, batch: int) -> list[Tensor]:
+    """Truncated, image-major sequences as the released code's masks: int64 `[B, K]`, one tensor for each of an image's.
+
+    Raises `ValueError` where lengths differ.
+    """
+    lengths = packed.cu_seqlens.diff()
+    if len(lengths) % batch or (lengths != lengths[0]).any():
+        raise ValueError("masks of different lengths are not rectangular")
+    return list(packed.indices.long().view(batch, len(lengths) // batch, -1).unbind(1))
+
+
+def draw_images(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The same pixels as uint8 `[B, H, W, 3]`, and normalised, as float `[B, 3, H, W]`."""
+    pixels = np.random.default_rng(0).integers(0, 256, (batch, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
+    images = torch.from_numpy(pixels).to(device)
+    mean, std = (torch.tensor(values, device=device) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return images, ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+class Setup:
+    """The weights (fp32) and the batch of one model; `contexts` and `targets` are None where masks are ragged."""
+
+    def __init__(self, model: Model, collate: str, device: torch.device, released: Path | None = None):
+        self.model, self.device, self.released = model, device, released
+        self.batch = model.batch(device)
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        torch.manual_seed(0)
+        with device:
+            self.encoder, self.predictor = self.build_ours(self.dtype)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        with torch.no_grad():  # as after some training: the two encoders differ
+            for parameter in self.target_encoder.parameters():
+                parameter.mul_(1.01)
+        masks = draw_masks(model.grid, self.batch, collate)
+        self.lengths = masks.context.cu_seqlens.diff().numpy(), masks.target.cu_seqlens.diff().numpy()
+        self.context_of = masks.context_of.numpy()
+        self.contexts = self.targets = None
+        if collate == "truncate":
+            packed = masks.context, masks.target
+            self.contexts, self.targets = ([m.to(device) for m in rectangular(p, self.batch)] for p in packed)
+        self.masks = masks_to(masks, device)
+        self.images, self.floats = draw_images(self.batch, device)
+
+    def build_ours(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
+        size = {"image_size": IMAGE_SIZE, "patch_size": self.model.patch_size}
+        encoder = build_encoder(self.model.encoder, **size, compute_dtype=dtype)
+        return encoder, build_predictor(encoder, depth=self.model.predictor_depth, dim=PREDICTOR_DIM)
+
+    def share(self, encoder: nn.Module, predictor: nn.Module, target_encoder: nn.Module) -> tuple[nn.Module, ...]:
+        """The three modules, holding the shared weights instead of their own."""
+        pairs = (encoder, self.encoder), (predictor, self.predictor), (target_encoder, self.target_encoder)
+        for module, original in pairs:
+            module.load_state_dict(original.state_dict(), assign=True)
+        target_encoder.requires_grad_(False)
+        return encoder, predictor, target_encoder
+
+    def sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Keyword arguments of the baselines' encoder and predictor."""
+        patches = {"num_patches": self.model.grid**2}
+        return (
+            {**self.model.size._asdict(), **patches, "patch_size": self.model.patch_size},
+            {**self.model.predictor_size._asdict(), **patches, "encoder_dim": self.model.size.dim},
+        )
+
+    def straight(self) -> tuple[nn.Module, ...]:
+        """The plain modules, on the shared weights."""
+        encoder, predictor = self.sizes()
+        return self.share(StraightEncoder(**encoder), StraightPredictor(**predictor), StraightEncoder(**encoder))
+
+    def flops(self) -> StepFlops:
+        return step_flops(
+            self.model.size,
+            self.model.predictor_size,
+            self.model.patch_size,
+            images=self.batch,
+            patches=self.model.grid**2,
+            context_lengths=self.lengths[0],
+            target_lengths=self.lengths[1],
+            context_of=self.context_of,
+        )
+
+    def tokens(self) -> int:
+        """Through all three transformers."""
+        context, target = self.lengths
+        return int(self.batch * self.model.grid**2 + context.sum() + context[self.context_of].sum() + target.sum())
