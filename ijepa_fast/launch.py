@@ -1,0 +1,119 @@
+"""Run on a SLURM cluster, through submitit: one process a GPU, requeued and resumed after preemption or a time limit.
+
+    python -m ijepa_fast.launch --nodes 8 --gpus-per-node 8 --partition P --config configs/vitg16_in22k.yaml
+
+SLURM warns the job 90 s before it ends it; the run then finishes its step and saves (see `stop`), submitit puts the job
+back into the queue, and it goes on from the latest checkpoint.
+"""
+import argparse
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.slurm.slurm import _make_sbatch_string
+
+from ijepa_fast import train
+from ijepa_fast.config import load_config
+from ijepa_fast.errors import UserError
+
+REQUEUES = 1000  # time limits a job may run into; a long recipe on a short queue needs many
+
+
+class Task:
+    """What each process of the job runs. submitit pickles it, and calls `checkpoint` to learn what to requeue."""
+
+    def __init__(self, arguments: list[str], run_folder: Path):
+        self.arguments, self.run_folder = arguments, run_folder
+
+    def __call__(self) -> None:
+        # All GPUs of the node stay visible: a process takes the one of its local rank.
+        submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        arguments = list(self.arguments)
+        # SLURM also starts a job again by itself, with the same arguments, when a node dies.
+        again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (self.run_folder / "config.yaml").exists()
+        if again and "--resume" not in arguments:
+            arguments.append("--resume")
+        if code := train.main(arguments):
+            raise SystemExit(code)
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        arguments = [*self.arguments, *([] if "--resume" in self.arguments else ["--resume"])]
+        return submitit.helpers.DelayedSubmission(Task(arguments, self.run_folder))
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_fast.launch",
+        description="Submit a run to SLURM: one process a GPU; preempted or out of time, it is requeued and resumed.",
+        epilog="Logs and the job's files go to train.folder/slurm, which all nodes must see.",
+    )
+    parser.add_argument("--nodes", type=int, required=True)
+    parser.add_argument("--gpus-per-node", type=int, required=True)
+    parser.add_argument("--partition", help="left out: the cluster's default")
+    parser.add_argument("--hours", type=float, default=24, help="time limit of one link of the chain (default: 24)")
+    parser.add_argument("--cpus-per-gpu", type=int, default=12, help="for the loader's threads (default: 12)")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option, as account=vision"
+    )
+    parser.add_argument("--print", action="store_true", help="show the sbatch script and submit nothing")
+    parser.add_argument("--config", required=True, help="as for ijepa_fast.train")
+    parser.add_argument("--resume", action="store_true", help="as for ijepa_fast.train")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return launch(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def launch(args: argparse.Namespace) -> int:
+    config, _ = load_config(args.config, args.overrides)
+    for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
+        if getattr(args, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    processes, batch = args.nodes * args.gpus_per_node, config.optim.global_batch_size
+    if batch % processes:
+        raise UserError(f"optim.global_batch_size {batch} does not divide among {processes} GPUs")
+    more = dict(option.partition("=")[::2] for option in args.sbatch)
+    if not all(more.values()):
+        raise UserError(f"--sbatch takes KEY=VALUE, not {next(key for key, value in more.items() if not value)}")
+
+    options: dict[str, Any] = {
+        "job_name": config.train.folder.name,
+        "nodes": args.nodes,
+        "ntasks_per_node": args.gpus_per_node,
+        "gpus_per_node": args.gpus_per_node,
+        "cpus_per_task": args.cpus_per_gpu,
+        "time": max(1, round(60 * args.hours)),
+        "srun_args": ["--kill-on-bad-exit=1"],  # a process that fails ends the others
+        "additional_parameters": {"requeue": True, **more},
+    }
+    if args.partition:
+        options["partition"] = args.partition
+    folder = config.train.folder.absolute() / "slurm"
+    if args.print:
+        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        print(_make_sbatch_string(command=command, folder=folder, **options))
+        return 0
+
+    arguments = ["--config", str(Path(args.config).absolute()), *args.overrides, *(["--resume"] if args.resume else [])]
+    try:
+        executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=REQUEUES)
+    except RuntimeError:
+        raise UserError("there is no srun here: call this on a login node of the cluster, or add --print") from None
+    executor.update_parameters(**options)
+    job = executor.submit(Task(arguments, config.train.folder.absolute()))
+    print(f"job {job.job_id} submitted; its log: {job.paths.stdout}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
