@@ -43,12 +43,18 @@ class Run:
             micro_batch=optim.micro_batch, device=world.device,
         )  # fmt: skip
 
-        encoder, predictor = self.random_models()
+        with torch.device("meta"):
+            encoder, predictor = self._models()
         target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+        # Ranks that hold shards get their part of rank 0's weights; the others draw the same weights themselves.
+        drawn = self.random_models() if world.mesh is None or world.is_main else (None, None)
+        for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
+            world.shard(model, config, trained=model is not target_encoder)
+            world.materialise(model, weights)
         optimizer = build_optimizer(encoder, predictor, betas=optim.betas, eps=optim.eps)
         self.state = TrainState(encoder, predictor, target_encoder, optimizer)
         # What the loss is computed with: the same modules, with their gradients averaged over the ranks.
-        self.encoder, self.predictor = world.wrap(encoder), world.wrap(predictor)
+        self.encoder, self.predictor = world.average_gradients(encoder), world.average_gradients(predictor)
         pairs = zip(target_encoder.parameters(), encoder.parameters(), strict=True)
         pairs = [(target, source) for target, source in pairs if source.requires_grad]  # positions stay as they are
         self.target_parameters, self.source_parameters = map(list, zip(*pairs, strict=True))
@@ -72,22 +78,24 @@ class Run:
         return self.masks.count_targets(step) * self.state.encoder.size.dim / self.world.size
 
     def random_models(self) -> tuple[nn.Module, nn.Module]:
-        """Context encoder and predictor with the weights of step 0: a function of the seed alone, on every rank."""
-        config, model = self.config, self.config.model
+        """Context encoder and predictor as at step 0, on the CPU: their weights are a function of the seed alone."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.train.seed)
+            return self._models()
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        model = self.config.model
         compute = model.compute_dtype
         if compute == "auto":
             compute = "bfloat16" if self.world.device.type == "cuda" else "float32"
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            encoder = build_encoder(
-                model.name,
-                image_size=config.data.image_size,
-                patch_size=model.patch_size,
-                compute_dtype=getattr(torch, compute),
-                residual_dtype=getattr(torch, model.residual_dtype),
-            )
-            predictor = build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
-        return encoder.to(self.world.device), predictor.to(self.world.device)
+        encoder = build_encoder(
+            model.name,
+            image_size=self.config.data.image_size,
+            patch_size=model.patch_size,
+            compute_dtype=getattr(torch, compute),
+            residual_dtype=getattr(torch, model.residual_dtype),
+        )
+        return encoder, build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
 
     def build_probe(self) -> Probe | None:
         """The probe of data.probe_root, or of the training images where that is not given."""

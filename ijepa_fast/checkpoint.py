@@ -16,6 +16,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.utils._pytree import tree_map
 
 from ijepa_fast.config import Config, check_same_run, load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.parallel import World
 
 FORMAT = 1
+# How a single process is meant to use it.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -52,12 +56,19 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder, written by a background thread while the run goes on.
+
+    `begin` copies the state to the host and returns; `wait` (also called by the next `begin`) returns or raises once it
+    is on the disk. The thread talks to those of other ranks through a process group of its own.
+    """
 
     def __init__(self, run_folder: Path, keep_last: int, world: World):
         self.folder = run_folder / "checkpoints"
         self.keep_last = keep_last
         self.world = world
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
 
     def open(self, state: TrainState, config: Config, *, resume: bool, say: Callable[[str], None]) -> int:
         """Begin in the run folder, or go on in it; returns the number of updates already done.
@@ -81,12 +92,15 @@ class Checkpoints:
             say(f"{run_folder} holds no checkpoint yet: starting from step 0")
         if not found and config.train.init_from is not None:
             say(f"weights from {init_from(config.train.init_from, state, self.world)}")
+        problem = ""
         if self.world.is_main:
             try:
-                run_folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 _write_durably(kept, config.to_yaml())
             except OSError as error:
-                raise UserError(f"train.folder={run_folder} cannot be written: {error.strerror}") from None
+                problem = f": {error.strerror}"
+        if self.world.any(bool(problem)):
+            raise UserError(f"train.folder={run_folder} cannot be written{problem}")
         return done
 
     def steps(self) -> list[int]:
@@ -96,22 +110,43 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def save(self, step: int, state: TrainState, config: Config) -> Path:
-        """Write the checkpoint of `step` and remove what `keep_last` leaves out.
-
-        Raises UserError where it cannot be written; what was there before is then untouched.
-        """
-        temporary, final = self.folder / f".writing_step_{step:08d}", self.path(step)
+    def begin(self, step: int, state: TrainState, config: Config) -> None:
+        """Start to write the checkpoint of `step`. When it is whole, those that `keep_last` leaves out are removed."""
+        self.wait()
         optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
         tensors = {**state.weights(), "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}}
+        tensors = tree_map(lambda x: x.detach().to("cpu", copy=True), tensors)
+        self._pending = self._writer.submit(self._write, step, tensors, config)
+
+    def wait(self) -> None:
+        """Raises UserError where the checkpoint could not be written; those that were there before are untouched."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    @property
+    def failed(self) -> bool:
+        """Whether `wait` would raise, without waiting."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
+
+    def close(self) -> None:
+        self._writer.shutdown()
+
+    def _write(self, step: int, tensors: dict[str, Any], config: Config) -> None:
+        temporary, final = self.folder / f".writing_step_{step:08d}", self.path(step)
         with self._all_or_none(step, temporary):
             if self.world.is_main:
                 for left_over in self.folder.glob(".writing_*"):
                     shutil.rmtree(left_over)
                 temporary.mkdir(parents=True)
-        with self._all_or_none(step, temporary), _quiet():
+        with self._all_or_none(step, temporary):
             writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-            dcp.save(tensors, storage_writer=writer, no_dist=self.world.size == 1)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            own = temporary.glob(f"shard-{self.world.rank + 1:05d}-*")
+            files = [{path.name: _checksum(path) for path in own}]
+        if self._group is not None:
+            files = files * self.world.size
+            dist.all_gather_object(files, dict(files[0]), group=self._group)
         with self._all_or_none(step, temporary):
             if self.world.is_main:
                 about = {
@@ -119,7 +154,7 @@ class Checkpoints:
                     "step": step,
                     "config": config.model_dump(mode="json"),
                     "torch": torch.__version__,
-                    "files": {p.name: _checksum(p) for p in sorted(temporary.glob("*.safetensors"))},
+                    "files": {name: checksum for part in files for name, checksum in sorted(part.items())},
                 }
                 _write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
                 # Damaged ones, which `resume` passed over: in the way of this one or of `keep_last`'s count.
@@ -130,17 +165,16 @@ class Checkpoints:
                 _sync_folder(self.folder)
                 for old in self.steps()[: -self.keep_last]:
                     shutil.rmtree(self.path(old))
-        return final
 
     @contextlib.contextmanager
     def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
-        """A stage of `save`: where it fails on any rank, it fails on all, and the temporary folder goes."""
+        """A stage of `_write`: where it fails on any rank, it fails on all, and the temporary folder goes."""
         error: Exception | None = None
         try:
             yield
         except (OSError, dcp.CheckpointException) as caught:
             error = caught
-        if self.world.any(error is not None):
+        if self.world.any(error is not None, group=self._group):
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             kept = f"that of step {self.steps()[-1]} is intact" if self.steps() else "there is no earlier one"
@@ -201,8 +235,7 @@ def load(path: Path, state: TrainState, *, weights_only: bool) -> None:
         tensors["optimizer"] = {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}
     reader = dcp.HuggingFaceStorageReader(str(path))
     _check_shapes(path, tensors, reader.read_metadata().state_dict_metadata)
-    with _quiet():
-        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     if not weights_only:
         optimizer |= tensors["optimizer"]
         set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
@@ -265,11 +298,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """dcp warns about every save without a process group, which is how it is meant to be used here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

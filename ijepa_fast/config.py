@@ -106,7 +106,11 @@ class TrainConfig(Section):
 
 
 class ParallelConfig(Section):
-    strategy: Literal["auto", "single", "ddp"] = "auto"  # auto: ddp under torchrun with several processes
+    # auto: single for one process; for several, ddp, or fsdp for the huge and the giant on GPUs
+    strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
+    shard_size: Count | None = None  # hsdp: ranks that share one copy of the model; left out: those of a node
+    checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matrix products and attention
+    compile: bool = False  # every transformer block
     cpu_threads: Count | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from ijepa_kernels import Packed, embed_patches, predictor_tokens, varlen_attention
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -93,18 +94,34 @@ class Block(nn.Module):
         self.attn = Attention(dim, num_heads, compute_dtype)
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, compute_dtype)
+        self.checkpointing = "none"  # "full" keeps the block's input for the backward, "selective" its costly results
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
         """The new stream of x `[T, D]`, in x's dtype; with `rows` (int64 `[R]`, distinct) only those rows, `[R, D]`.
 
         Every row is attended to either way: what the other rows are spared is the projection and the MLP.
         """
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return self._forward(x, cu_seqlens, max_seqlen, rows)
+        contexts = _keep_costly if self.checkpointing == "selective" else noop_context_fn
+        return checkpoint(
+            self._forward, x, cu_seqlens, max_seqlen, rows,
+            use_reentrant=False, context_fn=contexts, preserve_rng_state=False,
+        )  # fmt: skip
+
+    def _forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
         y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
         if rows is not None:
             x = x.index_select(0, rows)
         # Added first, cast after: nothing to cast in fp32 streams, where a sum of both dtypes is one kernel.
         x = (x + y).to(x.dtype)
         return (x + self.mlp(self.norm2(x))).to(x.dtype)
+
+
+def _keep_costly():
+    """Selective checkpointing: results of matrix products and attention are kept, norms, GELU and casts made again."""
+    costly = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.ijepa.attention.default]
+    return create_selective_checkpoint_contexts(costly)
 
 
 class PatchEmbed(nn.Module):

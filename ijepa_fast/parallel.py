@@ -1,9 +1,18 @@
-"""Processes and devices: one process, or several under torchrun, with the same code.
+"""Processes, devices, and how models are spread over them: one process, or several under torchrun, with the same code.
 
-`start` reads what torchrun puts into the environment. Gradients are averaged by DistributedDataParallel; the loss is
-normalised by the global batch (objective), so world size and micro-batch do not change what a step computes.
+`start` joins the processes that torchrun (or `ijepa_fast.launch`) started and picks the strategy:
+
+- `single`: one process.
+- `ddp`: every rank holds everything; gradients are averaged.
+- `fsdp`: parameters, gradients and optimizer state are cut over all ranks (FSDP2, `fully_shard`).
+- `hsdp`: the same within groups of `parallel.shard_size` ranks (a node), each group a replica.
+
+All of them compute the same: the loss is normalised by the global batch, its casts are inside the blocks, and weights
+come from the seed alone. What is applied to a model, in this order: activation checkpointing, compilation of every
+block, sharding of every block and of the root.
 """
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,20 +20,29 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast.config import ParallelConfig
+from ijepa_fast.config import Config
 from ijepa_fast.errors import UserError
+from ijepa_fast.model import Block, LayerNorm
+
+# What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
+# takes 13 GB of every GPU before the first activation, and the giant 20.
+SHARDED = ("vit_huge", "vit_giant")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: `rank` of `size`, on `device`."""
+    """This process's place among all: `rank` of `size`, on `device`; `mesh` [shard] or [replicate, shard] for FSDP."""
 
     rank: int
     size: int
     device: torch.device
-    ddp: bool
+    strategy: str
+    mesh: DeviceMesh | None = None
 
     @property
     def is_main(self) -> bool:
@@ -37,12 +55,12 @@ class World:
             x /= self.size
         return x
 
-    def any(self, flag: bool) -> bool:
+    def any(self, flag: bool, group: dist.ProcessGroup | None = None) -> bool:
         """Whether `flag` is set on any rank; waits for all ranks, on the host."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag))  # a CPU tensor: goes through gloo, so the device is not waited for
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
         return bool(votes)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -54,49 +72,141 @@ class World:
         return torch.cat(parts)
 
     def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
+        """Wait for all ranks, on the host."""
+        self.any(False)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
-        """`module` with its gradients averaged over ranks."""
-        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.ddp else module
+    def shard(self, model: nn.Module, config: Config, *, trained: bool) -> None:
+        """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike."""
+        blocks = [part for part in model.modules() if isinstance(part, Block)]
+        for block in blocks:
+            block.checkpointing = config.parallel.checkpointing if trained else "none"
+            if config.parallel.compile:
+                # The number of tokens changes with every batch; as a symbol it costs one graph, as a number each time.
+                block.compile(fullgraph=True, dynamic=True)
+        if self.mesh is None:
+            return
+        # Matrices travel in the dtype that the blocks cast them to anyway. What is applied in fp32 under every strategy
+        # travels in fp32: the norms, one group gathered once, and what is left at the root, positions among it.
+        low = MixedPrecisionPolicy(param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32)
+        norms = [part for part in model.modules() if isinstance(part, LayerNorm)]
+        fully_shard(norms, mesh=self.mesh, reshard_after_forward=True)
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=low, reshard_after_forward=True)
+        # Resharded at the root too: a forward without backward (targets, probes) would leave it whole.
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        for before, after in itertools.pairwise(blocks):
+            before.set_modules_to_forward_prefetch([after])
+            after.set_modules_to_backward_prefetch([before])
+
+    def average_gradients(self, model: nn.Module) -> nn.Module:
+        """What to call in place of a trained model: under DDP a wrapper that averages gradients in the backward."""
+        if self.strategy != "ddp":
+            return model
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def materialise(self, model: nn.Module, source: nn.Module | None) -> None:
+        """Give a model made on the meta device its memory and, on all ranks, the weights of rank 0's `source`.
+
+        Memory is filled with NaN first, so that a parameter which no weight reached cannot pass unseen.
+        """
+        model.to_empty(device=self.device)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(float("nan"))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.size > 1)
+        weights = dict(source.state_dict()) if source is not None else {}
+        set_model_state_dict(model, weights, options=options)
+        for name, parameter in model.named_parameters():
+            assert not local(parameter).isnan().any(), f"{name} was not initialised"
 
     @contextlib.contextmanager
-    def accumulate(self, *modules: nn.Module) -> Iterator[None]:
-        """Inside, backward adds to local gradients and leaves the averaging to the step's last micro-batch."""
+    def accumulate(self, *models: nn.Module) -> Iterator[None]:
+        """Inside, backward adds to this rank's gradients and leaves their reduction to the step's last micro-batch."""
         with contextlib.ExitStack() as stack:
-            for module in modules:
-                if self.ddp:
-                    stack.enter_context(module.no_sync())
+            for model in models:
+                if isinstance(model, DistributedDataParallel):
+                    stack.enter_context(model.no_sync())
+                elif isinstance(model, FSDPModule):
+                    model.set_requires_gradient_sync(False)
+                    stack.callback(model.set_requires_gradient_sync, True)
             yield
 
 
+def local(x: Tensor) -> Tensor:
+    """This rank's shard of a DTensor; a plain tensor as it is."""
+    return x.to_local() if hasattr(x, "to_local") else x
+
+
 @contextlib.contextmanager
-def start(config: ParallelConfig) -> Iterator[World]:
-    """Join the processes torchrun started (if any), choose the device and pin torch's threads."""
+def start(config: Config) -> Iterator[World]:
+    """Join the processes torchrun started (if any), choose device and strategy, and pin torch's threads."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if config.strategy == "single" and size > 1:
-        raise UserError(f"parallel.strategy=single runs one process, but {size} were started; use ddp or auto")
     # Sums of floats depend on the number of threads that share them, so it is pinned: part of a run's exactness.
-    torch.set_num_threads(config.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
-                f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    else:
-        device = torch.device("cpu")
-    ddp = config.strategy == "ddp" or size > 1
-    if ddp and "RANK" not in os.environ:
-        raise UserError("parallel.strategy=ddp needs torchrun: torchrun --nproc-per-node=2 -m ijepa_fast.train ...")
-    if ddp:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = _device(local_rank)
+    strategy = _strategy(config, size, device)
+    if strategy == "single":
+        yield World(rank, size, device, strategy)
+        return
+    if "RANK" not in os.environ:
+        raise UserError(
+            f"parallel.strategy={strategy} needs torchrun: torchrun --nproc-per-node=2 -m ijepa_fast.train ..."
+        )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
-        yield World(rank, size, device, ddp)
+        mesh = None
+        if strategy == "fsdp":
+            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+        elif strategy == "hsdp":
+            shards = config.parallel.shard_size or local_size
+            if size % shards:
+                raise UserError(f"parallel.shard_size={shards} does not divide the {size} processes")
+            mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+        world = World(rank, size, device, strategy, mesh)
+        _check_same_config(world, config)
+        yield world
     finally:
-        if ddp:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _strategy(config: Config, size: int, device: torch.device) -> str:
+    strategy = config.parallel.strategy
+    if strategy == "auto":
+        if size == 1:
+            return "single"
+        return "fsdp" if device.type == "cuda" and config.model.name in SHARDED else "ddp"
+    if strategy == "single" and size > 1:
+        raise UserError(f"parallel.strategy=single runs one process, but {size} were started; use auto, ddp or fsdp")
+    return strategy
+
+
+def _check_same_config(world: World, config: Config) -> None:
+    """Ranks that compute different things would average them in silence."""
+    mine = config.model_dump(mode="json")
+    first = [mine]
+    dist.broadcast_object_list(first, src=0)
+    differing = [
+        f"{section}.{key}={values[key]} (rank 0 has {first[0][section][key]})"
+        for section, values in mine.items()
+        for key in values
+        if values[key] != first[0][section][key]
+    ]
+    if world.any(bool(differing)):
+        raise UserError(
+            f"the ranks were started with different configs: {differing[0]}; give all the same"
+            if differing
+            else "the ranks were started with different configs (another rank says how); give all the same"
+        )

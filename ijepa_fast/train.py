@@ -67,8 +67,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(config.to_yaml(), end="")
             return 0
-        with parallel.start(config.parallel) as world:
-            console = Console(quiet=not world.is_main, highlight=False)
+        with parallel.start(config) as world:
+            # soft_wrap: a path stays on one line where output is no terminal.
+            console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
             for note in notes:
                 console.print(f"released config: {note}", markup=False)
             with contextlib.closing(Run(config, world, write_cache=not args.dry_run)) as run:
@@ -115,7 +116,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
             bar.advance(done)
 
             end = done == run.total_steps
-            leave = world.any(stop.requested) or end
+            leave = world.any(stop.requested or checkpoints.failed) or end
             save_now = leave or done % save_every == 0
             look_now = probe is not None and (end or done % config.log.probe_every == 0)
             if save_now or look_now or done % config.log.every == 0:
@@ -123,17 +124,18 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
                 if look_now:
                     look(run, probe, done, log, console)
                 if save_now:
-                    checkpoints.save(done, run.state, config)
+                    checkpoints.begin(done, run.state, config)
                 meter = Meter(loader.wait_s)
             if leave:
                 break
+        checkpoints.wait()
 
     if world.is_main:
         draw(run, checkpoints, console)
-        if done < run.total_steps:
-            console.print(f"Stopped after step {done} of {run.total_steps}. The same command with --resume goes on.")
-        elif config.log.crop_knn and len(run.index) > 1:
-            show_crop_knn(run, console)
+    if done < run.total_steps:
+        console.print(f"Stopped after step {done} of {run.total_steps}. The same command with --resume goes on.")
+    elif config.log.crop_knn and len(run.index) > 1:
+        show_crop_knn(run, console)
     world.barrier()
 
 
@@ -223,7 +225,7 @@ def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
 def show_crop_knn(run: Run, console: Console) -> None:
     """What the features know of the photographs before and after pretraining, in a table."""
     accuracy, photographs = crop_knn(
-        {"features before": run.random_models()[0], "features after": run.state.target_encoder},
+        {"features before": run.random_models()[0].to(run.world.device), "features after": run.state.target_encoder},
         run.index,
         run.decoder,
         run.reader,

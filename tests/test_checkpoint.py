@@ -18,7 +18,7 @@ from ijepa_fast.config import Config, validate
 from ijepa_fast.errors import UserError
 from ijepa_fast.parallel import World
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"), ddp=False)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 CONFIG = validate({"data": {"root": "photographs"}}, "test")
 
 
@@ -74,6 +74,11 @@ def same(a: TrainState, b: TrainState) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
 
 
+def save(run: Checkpoints, step: int, state: TrainState, config: Config) -> None:
+    run.begin(step, state, config)
+    run.wait()
+
+
 @pytest.fixture
 def run(tmp_path) -> Checkpoints:
     return Checkpoints(tmp_path / "run", keep_last=3, world=ALONE)
@@ -86,10 +91,10 @@ def template(tmp_path_factory) -> tuple[Path, TrainState, TrainState]:
     run = Checkpoints(folder, keep_last=3, world=ALONE)
     state = new_state(0, updates=2)
     early = copy.deepcopy(state)
-    run.save(2, state, CONFIG)
+    save(run, 2, state, CONFIG)
     for n in (2, 3, 4):
         update(state, n)
-    run.save(5, state, CONFIG)
+    save(run, 5, state, CONFIG)
     return folder, early, state
 
 
@@ -138,7 +143,7 @@ def test_loading_keeps_the_tensors_in_place(two):
 def test_keep_last(run):
     state = new_state(0, updates=1)
     for step in range(1, 6):
-        run.save(step, state, CONFIG)
+        save(run, step, state, CONFIG)
     assert run.steps() == [3, 4, 5]
     assert sorted(path.name for path in run.folder.iterdir()) == [f"step_{step:08d}" for step in (3, 4, 5)]
 
@@ -175,7 +180,7 @@ def test_a_crash_while_writing_leaves_the_previous_one(two, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", crash)
         with pytest.raises(Crash):
-            run.save(9, new_state(3, updates=1), CONFIG)
+            save(run, 9, new_state(3, updates=1), CONFIG)
     assert run.steps() == [2, 5]
     assert list(run.folder.glob(".writing_*"))
 
@@ -183,7 +188,7 @@ def test_a_crash_while_writing_leaves_the_previous_one(two, monkeypatch):
     assert run.resume(loaded, print) == (5, run.path(5))
     assert same(loaded, state)
 
-    run.save(6, state, CONFIG)
+    save(run, 6, state, CONFIG)
     assert not list(run.folder.glob(".writing_*"))
     assert run.steps() == [2, 5, 6]
 
@@ -199,7 +204,7 @@ def test_it_gets_its_name_only_when_all_of_it_is_written(two, monkeypatch):
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", watch)
-    run.save(6, state, CONFIG)
+    save(run, 6, state, CONFIG)
     assert written == [{path.name for path in run.path(6).iterdir()}]
 
 
@@ -271,7 +276,7 @@ def test_a_passed_over_checkpoint_is_replaced_when_its_step_comes_again(two):
     run, _, state = two
     truncate(run.path(5))
     run.resume(new_state(1), lambda _: None)
-    run.save(5, state, CONFIG)
+    save(run, 5, state, CONFIG)
     loaded = new_state(2)
     assert run.resume(loaded, print) == (5, run.path(5))
     assert same(loaded, state)
@@ -284,7 +289,7 @@ def test_keep_last_counts_no_checkpoint_that_was_passed_over(two):
     loaded = new_state(1)
     run.resume(loaded, lambda _: None)
     update(loaded, 2)
-    run.save(3, loaded, CONFIG)
+    save(run, 3, loaded, CONFIG)
     again = new_state(2)
     assert run.resume(again, print) == (3, run.path(3))
     assert same(again, loaded)
@@ -354,7 +359,7 @@ def test_disk_full_keeps_the_previous_checkpoint(size, two):
     run, _, state = two
     assert shard(run.path(5)).stat().st_size > 1500
     with files_of_at_most(size), pytest.raises(UserError) as caught:
-        run.save(6, new_state(3, updates=1), CONFIG)
+        save(run, 6, new_state(3, updates=1), CONFIG)
     sentence = str(caught.value)
     assert sentence.startswith(f"the checkpoint of step 6 could not be written to {run.folder}: File too large; ")
     assert "that of step 5 is intact" in sentence
@@ -367,7 +372,7 @@ def test_disk_full_keeps_the_previous_checkpoint(size, two):
 
 def test_disk_full_at_the_first_checkpoint(run):
     with files_of_at_most(100), pytest.raises(UserError, match="there is no earlier one"):
-        run.save(1, new_state(0, updates=1), CONFIG)
+        save(run, 1, new_state(0, updates=1), CONFIG)
     assert run.steps() == []
 
 
@@ -379,7 +384,7 @@ def test_disk_full_when_checkpoint_json_is_written(two, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "_write_durably", full)
     with pytest.raises(UserError, match="No space left on device; that of step 5 is intact"):
-        run.save(6, new_state(3, updates=1), CONFIG)
+        save(run, 6, new_state(3, updates=1), CONFIG)
     assert run.steps() == [2, 5]
 
 

@@ -16,7 +16,7 @@ from ijepa_fast.errors import UserError
 from ijepa_fast.evaluate import CROPS, Probe, build_probe, crop_knn, held_out, knn_accuracy, pooled, rankme
 from ijepa_fast.parallel import World
 
-ALONE = World(rank=0, size=1, device=torch.device("cpu"), ddp=False)
+ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 
 
 def test_rankme_of_orthogonal_rows_is_their_number():
