@@ -24,6 +24,19 @@ def _naive_seconds(repeats: int = 5) -> float:
     return statistics.median(seconds)
 
 
+def _check(masks: MultiBlockMasks) -> None:
+    """No time is worth reporting of masks that let a context see a target, or that miscount."""
+    context, target, context_of = masks.sample(0, 0, IMAGES)
+    visible, hidden = torch.zeros(2, IMAGES, GRID * GRID, dtype=torch.bool)
+    for seen, packed in ((visible, context), (hidden, target)):
+        image = packed.image.repeat_interleave(packed.cu_seqlens.diff())
+        seen[image.long(), packed.indices.long()] = True
+    assert not (visible & hidden).any()
+    assert visible.sum() == len(context.indices)
+    assert masks.count_targets(0) == len(target.indices)
+    assert context_of.equal(target.image)
+
+
 @pytest.mark.benchmark(group="masks")
 @pytest.mark.parametrize("collate", ["truncate", "ragged"])
 @pytest.mark.parametrize("sampler", ["reference", "corrected"])
@@ -32,6 +45,7 @@ def test_bench_masks(benchmark, sampler, collate):
     torch.set_num_threads(1)
     try:
         masks = MultiBlockMasks(MaskConfig(sampler=sampler, collate=collate), GRID, seed=0, global_batch=IMAGES)
+        _check(masks)
         steps = itertools.count()
         benchmark(lambda: masks.sample(next(steps), 0, IMAGES))
         naive = _naive_seconds()

@@ -9,8 +9,8 @@ Two samplers, named in every result because accuracy is very sensitive to them:
 - `reference`: the distribution of the released code. One random number decides both scale and aspect ratio, so large
   blocks are tall; one target size and one context size serve the whole global batch of a step; blocks stay out of the
   last row and the last column.
-- `corrected`: every block draws its own scale and, independently, its own aspect ratio, may span the grid, and every
-  position is reachable.
+- `corrected`: every block of every image draws its own scale and, independently, its own aspect ratio, may span the
+  grid, and every position is reachable.
 
 Both draw the place of a context again until more than `min_keep` tokens are left of it, and after every 20 tries let
 one more target, the last first, overlap it: the released rule. `check_masks` refuses what even that cannot satisfy.
@@ -82,6 +82,7 @@ class MultiBlockMasks:
         if config.max_keep is not None:
             self._max_context = min(self._max_context, config.max_keep)
         # In unsigned arithmetic `row - top < height` is the whole test: above the block the difference wraps around.
+        # The narrowest type is the fastest; the largest number it must hold is `side + 1`, in `_place`.
         self._dtype = np.min_scalar_type(grid + 1)
         self._row, self._column = (axis.astype(self._dtype) for axis in np.divmod(np.arange(grid * grid), grid))
         # _offset[w, t]: how far the t-th patch, in raster order, of a block of width w lies behind its first.
