@@ -9,10 +9,13 @@ verified before it is loaded. Loading runs no code from the files: tensors come 
 A run draws no random numbers after its weights' initialisation (order, crops and masks are functions of seed and step),
 so there is no generator state to keep.
 """
+import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
+import sys
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils._pytree import tree_map
@@ -241,16 +247,25 @@ def load(path: Path, state: TrainState, *, weights_only: bool) -> None:
         set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
 
 
+def find(path: Path, world: World) -> Path:
+    """A checkpoint folder as it is; of a run folder, its latest checkpoint."""
+    if (path / "checkpoint.json").exists():
+        return path
+    run = Checkpoints(path, 1, world)
+    if not run.steps():
+        raise UserError(f"{path} is neither a checkpoint nor a run folder that holds one")
+    return run.path(run.steps()[-1])
+
+
 def init_from(path: Path, state: TrainState, world: World) -> Path:
     """Load the weights, and nothing else, of a checkpoint folder or of the latest checkpoint of a run folder."""
-    if not (path / "checkpoint.json").exists():
-        steps = Checkpoints(path, 1, world).steps()
-        if not steps:
-            raise UserError(f"train.init_from={path} is neither a checkpoint nor a run folder that holds one")
-        path = Checkpoints(path, 1, world).path(steps[-1])
-    if problem := verify(path, world):
-        raise UserError(f"train.init_from: {problem}")
-    load(path, state, weights_only=True)
+    try:
+        path = find(path, world)
+        if problem := verify(path, world):
+            raise UserError(problem)
+        load(path, state, weights_only=True)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from None
     return path
 
 
@@ -298,3 +313,56 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"
+
+
+def export(path: Path, out: Path) -> None:
+    """Write the weights of encoder, predictor and target_encoder, whole and in fp32, into one safetensors file."""
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    held = reader.read_metadata().state_dict_metadata
+    weights = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in held.items()
+        if not name.startswith("optimizer.")
+    }
+    dcp.load(weights, storage_reader=reader, no_dist=True)
+    temporary = out.with_name(out.name + ".writing")
+    save_file(weights, temporary, metadata={"step": str(read_about(path)["step"]), "format": "pt"})
+    os.replace(temporary, out)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_fast.checkpoint",
+        description="Show what a checkpoint holds and verify its sizes and checksums. Exit code 2: it is damaged.",
+    )
+    parser.add_argument("path", type=Path, help="a checkpoint, or a run folder: then its latest one")
+    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights, whole, in fp32, as safetensors")
+    args = parser.parse_args(argv)
+    alone, console = World(0, 1, torch.device("cpu"), "single"), Console(highlight=False, soft_wrap=True)
+    try:
+        path = find(args.path, alone)
+        about = read_about(path)
+        if problem := verify(path, alone):
+            raise UserError(problem)
+        table = Table("part", "tensors", "numbers", "MiB")
+        held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+        for part in ("encoder", "predictor", "target_encoder", "optimizer"):
+            of_part = [tensor for name, tensor in held.items() if name.startswith(part + ".")]
+            numbers = [math.prod(tensor.size) for tensor in of_part]
+            size = sum(n * tensor.properties.dtype.itemsize for n, tensor in zip(numbers, of_part, strict=True))
+            table.add_row(part, str(len(of_part)), f"{sum(numbers):,}", f"{size / 2**20:.1f}")
+        model = about["config"]["model"]
+        console.print(f"{path}: step {about['step']}, {model['name']}/{model['patch_size']}, torch {about['torch']}")
+        console.print(table)
+        console.print(f"{len(about['files'])} files, sizes and checksums verified")
+        if args.export:
+            export(path, args.export)
+            console.print(f"weights of encoder, predictor and target_encoder in {args.export}")
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ijepa_fast import checkpoint
@@ -336,7 +337,7 @@ def test_init_from_takes_weights_and_nothing_else(what, two):
 
 def test_init_from_what_holds_no_weights(two, tmp_path):
     run, _, _ = two
-    with pytest.raises(UserError, match=r"train\.init_from=.*nowhere is neither a checkpoint nor a run folder"):
+    with pytest.raises(UserError, match=r"train\.init_from: .*nowhere is neither a checkpoint nor a run folder"):
         init_from(tmp_path / "nowhere", new_state(1), ALONE)
     truncate(run.path(5))
     with pytest.raises(UserError, match=r"train\.init_from: .*\.safetensors is damaged"):
@@ -427,3 +428,22 @@ def test_a_run_folder_can_be_moved(two, tmp_path):
     loaded = new_state(1)
     assert Checkpoints(tmp_path / "moved", 3, ALONE).resume(loaded, print)[0] == 5
     assert same(loaded, state)
+
+
+def test_the_command_line_lists_verifies_and_exports(two, tmp_path, capsys):
+    run, _, state = two
+    out = tmp_path / "weights.safetensors"
+    assert checkpoint.main([str(run.folder.parent), "--export", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{run.path(5)}: step 5" in shown
+    assert "sizes and checksums verified" in shown
+    weights = load_file(out)
+    expected = {name: t for name, t in tensors(state).items() if not name.startswith("optimizer.")}
+    assert weights.keys() == expected.keys()
+    assert all(weights[name].dtype == torch.float32 and torch.equal(weights[name], expected[name]) for name in expected)
+
+    truncate(run.path(5))
+    assert checkpoint.main([str(run.path(5))]) == 2
+    assert "is damaged" in capsys.readouterr().err
+    assert checkpoint.main([str(tmp_path / "nothing")]) == 2
+    assert "is neither a checkpoint nor a run folder" in capsys.readouterr().err
