@@ -23,7 +23,7 @@ class Run:
     """One pretraining run: its data, models, optimizer and schedules, built from the config."""
 
     def __init__(self, config: Config, world: World, *, write_cache: bool = True):
-        self.config, self.world = config, world
+        self.config, self.world, self.write_cache = config, world, write_cache
         data, optim, seed = config.data, config.optim, config.train.seed
         if optim.global_batch_size % world.size:
             raise UserError(
@@ -104,7 +104,7 @@ class Run:
             return None
         index, reader = self.index, self.reader
         if data.probe_root is not None:
-            index = build_index(data.probe_root, threads=data.threads)
+            index = build_index(data.probe_root, threads=data.threads, write_cache=self.write_cache)
             reader = Reader(index, data.threads)
         return build_probe(
             index,

@@ -96,6 +96,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     window: list[tuple[Tensor, dict[str, Any]]] = []  # updates whose loss is still on the device
 
     with (
+        contextlib.closing(checkpoints),
         contextlib.closing(StopSignal()) as stop,
         contextlib.closing(
             RunLog(config.train.folder, first, tensorboard=config.log.tensorboard, active=world.is_main)
@@ -121,6 +122,8 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
             look_now = probe is not None and (end or done % config.log.probe_every == 0)
             if save_now or look_now or done % config.log.every == 0:
                 write_rows(run, window, meter.rates(loader.wait_s), log, bar)
+                if look_now or save_now:
+                    check_weights(run, done)
                 if look_now:
                     look(run, probe, done, log, console)
                 if save_now:
@@ -196,11 +199,23 @@ def write_rows(
     log.steps(finite)
     if len(finite) < len(rows):
         bad = rows[len(finite)]
-        raise UserError(
-            f"the loss of step {bad['step']} is {bad['loss']}, so the run stopped and saved nothing of it; "
-            f"go on from the last checkpoint with --resume, or start anew with a lower optim.lr"
-        )
+        raise diverged(f"the loss of step {bad['step']} is {bad['loss']}")
     bar.report(rows[-1])
+
+
+def check_weights(run: Run, step: int) -> None:
+    """A loss is that of the weights before its update, so a finite one does not speak for what would be saved."""
+    parameters = run.state.trained().parameters()
+    finite = torch.stack([parallel.local(parameter).isfinite().all() for parameter in parameters]).all()
+    if run.world.any(not finite):
+        raise diverged(f"the weights after step {step} are not finite")
+
+
+def diverged(what: str) -> UserError:
+    return UserError(
+        f"{what}, so the run stopped and saved nothing of it; "
+        f"go on from the last checkpoint with --resume, or start anew with a lower optim.lr"
+    )
 
 
 def look(run: Run, probe: Probe, step: int, log: RunLog, console: Console) -> None:
@@ -246,6 +261,7 @@ def show_crop_knn(run: Run, console: Console) -> None:
 def dry_run(run: Run, console: Console) -> None:
     """Two micro-batches and one update on the real data; prints what they took."""
     config, device = run.config, run.world.device
+    run.build_probe()
     batches = run.loader.batches(0, 2)
     set_rates(run.state.optimizer, run.schedule, 0)
     times = [_now(device)]
