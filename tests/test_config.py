@@ -242,7 +242,7 @@ OTHER = {
         "betas": [0.9, 0.95], "eps": 1e-6, "momentum": [0.99, 1.0], "schedule_stretch": 1.25, "loss": "l2",
     },
     "train": {"folder": "elsewhere", "seed": 1, "init_from": "x", "checkpoint_every": 5, "keep_last": 1},
-    "parallel": {"strategy": "ddp", "cpu_threads": 2},
+    "parallel": {"strategy": "ddp", "shard_size": 2, "checkpointing": "full", "compile": True, "cpu_threads": 2},
     "log": {
         "every": 1, "probe_every": 5, "probe_images": 10, "crop_knn": 4, "progress": False, "tensorboard": False,
     },
