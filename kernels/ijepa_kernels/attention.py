@@ -2,47 +2,130 @@
 
     out[i, h] = sum_j softmax_j(scale * <q[i, h], k[j, h]>) v[j, h],    j over the sequence that holds token i
 
-Softmax attention (arXiv 1706.03762, eq. 1) under a block-diagonal mask that is never built; no padding, no causal mask.
-"""
+Softmax attention (arXiv 1706.03762, eq. 1) under a block-diagonal mask that is never built: no padding, no boolean
+mask, no causal mask. The fewest bytes move 4 * T * heads * head_dim elements forward; the [length, length] weights stay
+on the chip.
 
+The code is in `attention_torch` (CPU), `attention_triton` (our kernel) and `attention_backends` (libraries, and who is
+taken). Where sequences are long and all of one length, `F.scaled_dot_product_attention` on a batch is as good.
+"""
 from __future__ import annotations
 
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import attention_backends, attention_torch, attention_triton
+from .attention_backends import explain_backends
+from .dispatch import outside_dispatch, register
+from .packed import can_read, check_tensor, describe
+
+__all__ = ["explain_backends", "varlen_attention", "varlen_attention_ref"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def varlen_attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *, scale: float | None = None) -> Tensor:
-    """The formula above, one dense softmax a sequence, in the dtype of its inputs (tests give it float64)."""
+def varlen_attention_ref(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float | None = None) -> Tensor:
+    """The formula, one dense softmax a sequence, in the dtype of its inputs (tests give it float64)."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     out = []
-    bounds = cu_seqlens.tolist()
-    for begin, end in pairwise(bounds):
+    for begin, end in pairwise(cu_seqlens.tolist()):
         weights = torch.einsum("ihd,jhd->hij", q[begin:end] * scale, k[begin:end]).softmax(-1)
         out.append(torch.einsum("hij,jhd->ihd", weights, v[begin:end]))
-    return torch.cat(out) if out else v.new_zeros(v.shape)
+    return torch.cat(out)
 
 
-def _attention_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-    """One call for each run of neighbouring sequences of one length.
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    if backend == "triton":
+        return attention_triton.forward(q, k, v, cu_seqlens, max_seqlen, scale)
+    return attention_torch.forward_with_lse(q, k, v, cu_seqlens, scale)
 
-    `split`, not slices: the backward of every slice is a zero tensor of the full size. Sequences of one length that are
-    not neighbours are not brought together: the gather and its way back cost more than the calls they save (16 to 64
-    sequences of 60..196 tokens, forward+backward: 1.1 to 1.4 times the loop's time).
-    """
-    num_heads, head_dim = q.shape[1:]
-    runs = [(length, len(list(group))) for length, group in groupby(cu_seqlens.diff().tolist()) if length]
-    if not runs:
-        return v + 0.0 * (q + k)  # no token: an empty result that still has its place in the graph
-    sizes = [length * count for length, count in runs]
-    out = []
-    for run, *qkv in zip(runs, q.split(sizes), k.split(sizes), v.split(sizes), strict=True):
-        length, count = run
-        dense = [x.view(count, length, num_heads, head_dim).transpose(1, 2) for x in qkv]
-        out.append(F.scaled_dot_product_attention(*dense, scale=scale).transpose(1, 2).reshape(-1, num_heads, head_dim))
-    return torch.cat(out) if len(out) > 1 else out[0]
+
+def _forward_fake(q, k, v, cu_seqlens, max_seqlen, scale, backend):
+    lse = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "triton":
+        return attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale)
+    return attention_torch.backward_with_lse(grad.contiguous(), q, k, v, out, lse, cu_seqlens, scale)
+
+
+def _backward_fake(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, backend):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_backward_op = register(
+    "varlen_attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "SymInt max_seqlen, float scale, str backend) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, cu_seqlens, *ctx.arguments = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
+
+
+def _autograd(ctx, grad, _grad_lse):
+    if grad is None:
+        return (None,) * 7
+    return *_backward_op(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+
+
+_forward_op = register(
+    "varlen_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, SymInt max_seqlen, float scale, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    _forward,
+    _forward_fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
+
+
+class _Eager(torch.autograd.Function):
+    """The op without its registration, whose cost it spares; and PyTorch's form may keep weights of any size here."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale, backend):
+        if backend == "triton":
+            out, *kept = attention_triton.forward(q, k, v, cu_seqlens, max_seqlen, scale)
+        else:
+            out, kept = attention_torch.forward(q, k, v, cu_seqlens, scale)
+        ctx.save_for_backward(q, k, v, out, cu_seqlens, *kept)
+        ctx.arguments = max_seqlen, scale, backend
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, cu_seqlens, *kept = ctx.saved_tensors
+        max_seqlen, scale, backend = ctx.arguments
+        if backend == "triton":
+            grads = attention_triton.backward(grad, q, k, v, out, *kept, cu_seqlens, max_seqlen, scale)
+        else:
+            grads = attention_torch.backward(grad.contiguous(), q, k, v, out, kept, cu_seqlens, scale)
+        return *grads, None, None, None, None
 
 
 def varlen_attention(
@@ -55,54 +138,62 @@ def varlen_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention inside each packed sequence.
+    """Softmax attention inside each packed sequence; differentiable in q, k and v (once).
 
-    Args:
-        q, k, v: [T, heads, head_dim], one floating dtype, any strides with a contiguous last dimension; views of one
-            [T, 3, heads, head_dim] (its `unbind(1)`) are read in place. head_dim is a multiple of 8.
-        cu_seqlens: int32 [S+1], on the device of q. Sequence s is tokens cu_seqlens[s] : cu_seqlens[s+1]; may be empty.
-        max_seqlen: an upper bound of the sequence lengths, constant over a run (it is a compile guard).
-        scale: of the logits; head_dim**-0.5 if None.
-        backend: "auto", or the name of one.
+    q, k, v:    [T, heads, head_dim] fp32, bf16 or fp16 (fp64 on a CPU), head_dim a multiple of 8; any strides with a
+                contiguous last dimension: the three of `qkv.unbind(1)`, qkv [T, 3, heads, head_dim], are read in place.
+    cu_seqlens: int32 [S + 1] on the device of q; sequence s is the rows cu_seqlens[s] : cu_seqlens[s + 1], and may be
+                empty. Rises from 0 to T. Checked on a CPU; elsewhere under IJEPA_KERNELS_CHECK=1.
+    max_seqlen: an upper bound of the lengths, constant over a run: as a Python int it is a guard of `torch.compile`.
+    scale:      of the logits; head_dim ** -0.5 if None.
+    backend:    "auto", or a name that `explain_backends` prints: fa3, fa4, torch_varlen, flash_attn, xformers, triton
+                (our kernel), torch.
 
-    Returns:
-        [T, heads, head_dim] in the dtype of q, differentiable in q, k and v.
-
-    Raises:
-        ValueError: an argument has a wrong shape, dtype, device or value.
+    Returns [T, heads, head_dim], contiguous, in the dtype of q. Sums are fp32. On a CPU and with our kernel two runs
+    are bitwise equal; the flash_attn family needs torch.use_deterministic_algorithms for that.
+    Raises ValueError.
     """
-    _check(q, k, v, cu_seqlens, max_seqlen, backend)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return _attention_cpu(q, k, v, cu_seqlens, scale)
+    _check(q, k, v, cu_seqlens, max_seqlen, scale)
+    head_dim = int(q.shape[2])
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    backend = attention_backends.choose(head_dim, q.dtype, q.device, backend)
+    call = attention_backends.BACKENDS[backend].call
+    if call is not None:
+        # Libraries differ on what they do with no token at all.
+        return call(q, k, v, cu_seqlens, max_seqlen, scale) if q.shape[0] else q + k + v
+    arguments = (q, k, v, cu_seqlens, max_seqlen, scale, backend)
+    if not outside_dispatch() or not type(q) is type(k) is type(v) is Tensor:
+        return _forward_op(*arguments)[0]
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Eager.apply(*arguments)
+    if backend == "triton":
+        return attention_triton.forward(*arguments[:-1])[0]
+    return attention_torch.forward(q, k, v, cu_seqlens, scale, keep=False)[0]
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> None:
-    if q.ndim != 3:
-        raise ValueError(f"q is {list(q.shape)}; expected [tokens, heads, head_dim]")
+def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None) -> None:
+    check_tensor("q", q, "T, heads, head_dim", DTYPES)
     for name, x in (("k", k), ("v", v)):
-        if x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
-            raise ValueError(
-                f"{name} is {list(x.shape)} {x.dtype} on {x.device}; "
-                f"expected as q: {list(q.shape)} {q.dtype} on {q.device}"
-            )
-    if not q.is_floating_point():
-        raise ValueError(f"q, k and v are {q.dtype}; expected a floating dtype")
-    if q.shape[-1] % 8:
-        raise ValueError(f"q has head_dim {q.shape[-1]}; expected a multiple of 8")
+        if not isinstance(x, Tensor) or x.shape != q.shape or x.dtype != q.dtype or x.device != q.device:
+            raise ValueError(f"{name}: want what q is, {describe(q)}, got {describe(x)}")
+    if q.shape[2] == 0 or q.shape[2] % 8:
+        raise ValueError(f"q: want a head_dim that is a multiple of 8, got {q.shape[2]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.numel():
-            raise ValueError(f"{name} has stride {x.stride(-1)} in its last dimension; expected 1")
-    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 1 or cu_seqlens.dtype != torch.int32:
-        raise ValueError(f"cu_seqlens is {list(cu_seqlens.shape)} {cu_seqlens.dtype}; expected int32 [sequences + 1]")
-    if cu_seqlens.device != q.device:
-        raise ValueError(f"cu_seqlens is on {cu_seqlens.device}; expected on q's device, {q.device}")
+        if x.stride(2) != 1:
+            raise ValueError(f"{name}: want a contiguous last dimension, got strides {x.stride()}")
+    check_tensor("cu_seqlens", cu_seqlens, "S+1", (torch.int32,), q.device)
+    if cu_seqlens.shape[0] == 0:
+        raise ValueError("cu_seqlens: want one entry more than there are sequences, got none")
     if max_seqlen < 1:
-        raise ValueError(f"max_seqlen is {max_seqlen}; expected at least 1")
-    if backend != "auto":
-        raise ValueError(f"backend is {backend!r}; expected 'auto'")
-    if q.device.type == "cpu":
-        lengths = cu_seqlens.diff()
-        if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != len(q) or (lengths < 0).any():
-            raise ValueError(f"cu_seqlens must rise from 0 to the {len(q)} tokens of q; it is {cu_seqlens.tolist()}")
-        if lengths.numel() and int(lengths.max()) > max_seqlen:
-            raise ValueError(f"cu_seqlens has a sequence of {int(lengths.max())} tokens; max_seqlen is {max_seqlen}")
+        raise ValueError(f"max_seqlen: want an upper bound of the lengths, at least 1, got {max_seqlen}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale: want a number > 0 or None, got {scale}")
+    if can_read(cu_seqlens):
+        ends, total = cu_seqlens.tolist(), q.shape[0]
+        if ends[0] != 0 or ends[-1] != total:
+            raise ValueError(f"cu_seqlens: want it to go from 0 to {total}, the tokens, got {ends[0]} to {ends[-1]}")
+        for s, (begin, end) in enumerate(pairwise(ends)):
+            if not 0 <= end - begin <= max_seqlen:
+                raise ValueError(
+                    f"cu_seqlens: want lengths of 0 to max_seqlen = {max_seqlen}, got {end - begin} for sequence {s}"
+                )

@@ -1,0 +1,239 @@
+"""Who can compute varlen_attention, and which of them `auto` takes.
+
+Everything is imported when it is first needed. A library is called through its own public function, which brings its
+own autograd. To add one: a function that calls it, a function that says why it cannot be used, a line in BACKENDS.
+"""
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import attention_triton
+from .dispatch import HAS_TRITON, INTERPRETED, MODES
+
+# Where our kernel was measured to be faster than every library that is usable: (head_dim, dtype, sm major). Empty: no
+# device has timed it. Until one has, `auto` takes it only where no library ahead of it in the order can serve.
+MEASURED_FASTER: frozenset[tuple[int, torch.dtype, int]] = frozenset()
+
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def _call_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    return _flash(_import("flash_attn_interface"), q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+def _call_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    return _flash(_import("flash_attn.cute"), q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+def _call_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    return _flash(_import("flash_attn"), q, k, v, cu_seqlens, max_seqlen, scale)
+
+
+def _flash(library, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    result = library.flash_attn_varlen_func(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_k=cu_seqlens,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen,
+        softmax_scale=scale,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )
+    return result[0] if isinstance(result, tuple) else result  # some versions add the log-sum-exp
+
+
+def _call_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    varlen = _import("torch.nn.attention.varlen")
+    # The other keyword arguments are not the same in torch 2.11 and 2.13.
+    return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+
+
+def _call_xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
+    fmha = _import("xformers.ops.fmha")
+    bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
+    return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
+
+
+_import = functools.cache(importlib.import_module)
+
+
+class _Case(NamedTuple):
+    """What is asked of a backend."""
+
+    head_dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def capability(self) -> tuple[int, int]:
+        return torch.cuda.get_device_capability(self.device)
+
+    def not_for_library(self, module: str, dtypes: tuple[torch.dtype, ...], largest_head_dim: int) -> str | None:
+        """Why a CUDA library cannot be used, or None."""
+        if self.device.type != "cuda":
+            return "runs on CUDA devices only"
+        if not torch.cuda.is_available():
+            return "there is no CUDA device"
+        if self.dtype not in dtypes:
+            return f"takes {_names(dtypes)} only"
+        if self.head_dim > largest_head_dim:
+            return f"takes head dims up to {largest_head_dim}"
+        if self.capability() < (8, 0):
+            return "needs sm_80 or later"
+        try:
+            _import(module)
+        except ImportError as error:
+            return str(error) if _installed(module) else f"{module} is not installed"
+        return None
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+
+
+def _not_fa3(case: _Case) -> str | None:
+    why = case.not_for_library("flash_attn_interface", SIXTEEN_BIT, 256)
+    return why or (None if case.capability()[0] == 9 else "is built for sm_90")
+
+
+def _not_fa4(case: _Case) -> str | None:
+    why = case.not_for_library("flash_attn.cute", SIXTEEN_BIT, 128)
+    if why or case.capability()[0] >= 10:
+        return why
+    if case.capability()[0] != 9:
+        return "is built for sm_90 and later"
+    # An open report against its Hopper backward, flash-attention pull request 2896; nobody has tested it here.
+    return "its sm_90 backward is in doubt where head_dim is no multiple of 32" if case.head_dim % 32 else None
+
+
+def _not_triton(case: _Case) -> str | None:
+    if not HAS_TRITON:
+        return "triton is not installed"
+    if case.dtype not in (*SIXTEEN_BIT, torch.float32):
+        return f"takes {_names((*SIXTEEN_BIT, torch.float32))} only"
+    if case.head_dim > attention_triton.LARGEST_HEAD_DIM:
+        return f"takes head dims up to {attention_triton.LARGEST_HEAD_DIM}"
+    if case.device.type == "cpu" and INTERPRETED:
+        return None
+    if case.device.type != "cuda" or INTERPRETED:
+        return "runs on CUDA devices, and on a CPU under IJEPA_KERNELS=interpret"
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    return None if case.capability() >= (8, 0) else "needs sm_80 or later"
+
+
+def _not_torch_varlen(case: _Case) -> str | None:
+    return case.not_for_library("torch.nn.attention.varlen", SIXTEEN_BIT, 256)
+
+
+def _not_flash_attn(case: _Case) -> str | None:
+    return case.not_for_library("flash_attn", SIXTEEN_BIT, 256)
+
+
+def _not_xformers(case: _Case) -> str | None:
+    return case.not_for_library("xformers.ops.fmha", (*SIXTEEN_BIT, torch.float32), 128)
+
+
+class Backend(NamedTuple):
+    what: str
+    why_not: Callable[[_Case], str | None]  # a reason that it cannot be used, or None
+    call: Callable[..., Tensor] | None = None  # a library; the other two are `ijepa::varlen_attention`
+
+
+BACKENDS = {
+    "fa3": Backend("FlashAttention-3", _not_fa3, _call_fa3),
+    "fa4": Backend("FlashAttention-4", _not_fa4, _call_fa4),
+    "torch_varlen": Backend("torch.nn.attention.varlen", _not_torch_varlen, _call_torch_varlen),
+    "flash_attn": Backend("FlashAttention-2", _not_flash_attn, _call_flash_attn),
+    "xformers": Backend("xformers; waits for the device to read the lengths", _not_xformers, _call_xformers),
+    "triton": Backend("our kernel", _not_triton),
+    "torch": Backend("plain PyTorch; reads the lengths on the host", lambda case: None),
+}
+
+
+def _order(case: _Case) -> list[str]:
+    """The order in which `auto` asks."""
+    major = case.capability()[0] if case.device.type == "cuda" and torch.cuda.is_available() else 0
+    order = list(BACKENDS)
+    if case.dtype == torch.float32 or (case.head_dim, case.dtype, major) in MEASURED_FASTER:
+        order.remove("triton")
+        order.insert(order.index("torch_varlen"), "triton")
+    return order
+
+
+def choose(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
+    """The name of the backend to use. Raises ValueError where the one that is named cannot be used."""
+    mode = os.environ.get("IJEPA_KERNELS", "auto")
+    if mode not in MODES:
+        raise ValueError(f"IJEPA_KERNELS must be one of {', '.join(MODES)}, got {mode!r}")
+    return _choose(_Case(head_dim, dtype, device), backend, mode)
+
+
+@functools.cache
+def _choose(case: _Case, backend: str, mode: str) -> str:
+    if backend == "auto" and mode != "auto":
+        backend = "torch" if mode == "torch" else "triton"
+    if backend == "auto":
+        if case.device.type != "cuda":
+            return "torch"
+        return next(name for name in _order(case) if BACKENDS[name].why_not(case) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: want auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+    why = BACKENDS[backend].why_not(case)
+    if why:
+        raise ValueError(
+            f"backend: {backend} ({BACKENDS[backend].what}) cannot be used for head_dim {case.head_dim}, "
+            f"{_names((case.dtype,))} on {case.device}: {why}"
+        )
+    return backend
+
+
+def explain_backends(
+    head_dim: int = 64,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> str:
+    """Which backend `varlen_attention(backend="auto")` takes, and why not the others: a text to print.
+
+    dtype:  bf16 on CUDA, fp32 elsewhere if None.
+    device: the current CUDA device if None, or the CPU where there is none. May name a device that is not there.
+    """
+    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    case = _Case(head_dim, dtype, device)
+    where = str(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        where += " ({}, sm_{}{})".format(torch.cuda.get_device_name(device), *case.capability())
+    mode = os.environ.get("IJEPA_KERNELS", "auto")
+    taken = choose(head_dim, dtype, device)
+    because = "" if mode == "auto" else f" (IJEPA_KERNELS={mode})"
+    lines = [f"head_dim {head_dim}, {_names((dtype,))}, {where}: auto takes {taken}{because}"]
+    for name in _order(case):
+        backend = BACKENDS[name]
+        why = backend.why_not(case)
+        if name == taken:
+            verdict = "taken"
+        elif why:
+            verdict = f"cannot be used: {why}"
+        elif name == "triton" and device.type == "cuda":
+            verdict = "usable; no measurement says that it is the fastest here"
+        else:
+            verdict = "usable"
+        lines.append(f"  {name:<13} {backend.what}: {verdict}")
+    return "\n".join(lines)
