@@ -194,9 +194,7 @@ def shipped() -> list[Shipped]:
                 "stride_context_row": "i32",
             }
             constexprs = tile | {"stride_context_dim": 1}
-            rows.append(
-                Shipped(_predictor_tokens_fwd_kernel, forward, constexprs, divisible=("stride_context_row",))
-            )
+            rows.append(Shipped(_predictor_tokens_fwd_kernel, forward, constexprs, divisible=("stride_context_row",)))
             backward = {
                 "grad_ptr": f"*{dtype}",
                 "context_cu_seqlens_ptr": "*i32",
@@ -213,7 +211,8 @@ def shipped() -> list[Shipped]:
                 "cu_seqlens_ptr": "*i32",
                 "partial_ptr": "*fp32",
             }
-            rows.append(Shipped(_predictor_tokens_bwd_mask_kernel, mask, tile))
+            note = "16-byte loads; stores a row of partial sums a sequence, a column a thread"
+            rows.append(Shipped(_predictor_tokens_bwd_mask_kernel, mask, tile, vector_bytes=4, note=note))
     return rows
 
 
@@ -250,7 +249,7 @@ def _launch_forward(
                 pos_embed.contiguous(),
                 *context_packed[:2],
                 *target_packed[:2],
-                context_of,
+                context_of.int(),
                 cu_seqlens,
                 tokens,
                 mask_rows,
@@ -285,53 +284,26 @@ def _launch_backward(
     return grad_context, partial.sum(0)
 
 
-def _forward(
-    context: Tensor,  # [T_ctx, P]
-    mask_token: Tensor,  # [P]
-    pos_embed: Tensor,  # [N, P]
-    context_indices: Tensor,
-    context_cu_seqlens: Tensor,
-    context_image: Tensor,
-    context_max_seqlen: int,
-    target_indices: Tensor,
-    target_cu_seqlens: Tensor,
-    target_image: Tensor,
-    target_max_seqlen: int,
-    context_of: Tensor,  # [S_tgt]
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(context: Tensor, mask_token: Tensor, pos_embed: Tensor, *packs) -> tuple[Tensor, Tensor, Tensor]:
+    """`packs`, here and below: the four fields of context_packed, those of target_packed, context_of."""
     body = _launch_forward if use_triton(context) else predictor_tokens_ref
-    context_packed = Packed(context_indices, context_cu_seqlens, context_image, context_max_seqlen)
-    target_packed = Packed(target_indices, target_cu_seqlens, target_image, target_max_seqlen)
-    return body(context, mask_token, pos_embed, context_packed, target_packed, context_of)
+    return body(context, mask_token, pos_embed, Packed(*packs[:4]), Packed(*packs[4:8]), packs[8])
 
 
-def _backward(
-    grad: Tensor,
-    cu_seqlens: Tensor,
-    context_indices: Tensor,
-    context_cu_seqlens: Tensor,
-    context_image: Tensor,
-    context_max_seqlen: int,
-    target_indices: Tensor,
-    target_cu_seqlens: Tensor,
-    target_image: Tensor,
-    target_max_seqlen: int,
-    context_of: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _backward(grad: Tensor, cu_seqlens: Tensor, *packs) -> tuple[Tensor, Tensor]:
     """The gradients of context, in its dtype, and of the mask token, in fp32."""
-    context_packed = Packed(context_indices, context_cu_seqlens, context_image, context_max_seqlen)
-    target_packed = Packed(target_indices, target_cu_seqlens, target_image, target_max_seqlen)
+    context_packed, target_packed, context_of = Packed(*packs[:4]), Packed(*packs[4:8]), packs[8]
     if use_triton(grad):
         return _launch_backward(grad, cu_seqlens, context_packed, target_packed, context_of)
     source_rows, _, mask_rows = _plan(context_packed, target_packed, context_of)
-    total = context_indices.shape[0]
-    source = torch.zeros(total + target_indices.shape[0], grad.shape[1], device=grad.device)
+    total = context_packed.indices.shape[0]
+    source = torch.zeros(total + target_packed.indices.shape[0], grad.shape[1], device=grad.device)
     source.index_add_(0, source_rows, grad.float())
     return source[:total].to(grad.dtype, copy=True), grad.index_select(0, mask_rows).sum(0, dtype=torch.float32)
 
 
-def _forward_fake(context, mask_token, pos_embed, *packs_and_context_of):
-    context_packed, target_packed = Packed(*packs_and_context_of[:4]), Packed(*packs_and_context_of[4:8])
+def _forward_fake(context, mask_token, pos_embed, *packs):
+    context_packed, target_packed = Packed(*packs[:4]), Packed(*packs[4:8])
     return (
         context.new_empty(_sizes(context_packed, target_packed)[1], context.shape[1]),
         torch.empty_like(target_packed.cu_seqlens),
@@ -339,9 +311,9 @@ def _forward_fake(context, mask_token, pos_embed, *packs_and_context_of):
     )
 
 
-def _backward_fake(grad, cu_seqlens, context_indices, *rest):
+def _backward_fake(grad, cu_seqlens, *packs):
     dim = grad.shape[1]
-    return grad.new_empty(context_indices.shape[0], dim), grad.new_empty(dim, dtype=torch.float32)
+    return grad.new_empty(packs[0].shape[0], dim), grad.new_empty(dim, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

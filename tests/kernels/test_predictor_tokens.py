@@ -47,9 +47,8 @@ CASES = {
 
 
 @pytest.mark.parametrize(("context_lengths", "target_lengths", "context_of"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dim", [1, 63, 384])
+@pytest.mark.parametrize(("dim", "frozen"), [(1, True), (63, True), (63, False), (192, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("frozen", [True, False])
 def test_matches_a_loop_in_float64(device, context_lengths, target_lengths, context_of, dim, dtype, frozen):
     leaves, *packs, context_of = sample(context_lengths, target_lengths, context_of, dim, dtype=dtype, device=device)
     leaves[2].requires_grad_(not frozen)
