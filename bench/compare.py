@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 
 from bench.machine import Ceilings, copy_call
@@ -38,6 +39,8 @@ class Case:
     flops: float | None = None  # those of tokens that exist
     block: tuple[int, int, int] | None = None  # rows, dim, mlp_dim: the products whose rate bounds `flops`
     seconds: float = 0.5  # of sampling, a variant
+    host: bool = False  # measures the host, whatever device the session is about
+    note: Callable[[float], dict[str, float]] | None = None  # of a median: what people want to read of it
     info: dict[str, Any] = field(default_factory=dict)  # further fields of every row
 
 
@@ -52,7 +55,7 @@ class Outcome:
 
 def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
     """Gate, then time every variant; `pace` scales the time spent. An outcome for each, whatever happens to others."""
-    device = ceilings.device
+    device = torch.device("cpu") if case.host else ceilings.device
     matmul = case.flops / ceilings.matmul_rate(*case.block, case.dtype) if case.flops and case.block else None
     # All are proven before the first is warmed up: the providers of a step share their weights, and a step moves them.
     calls, outcomes = _each(case.variants, lambda name, variant: prove(name, case, variant))
@@ -75,10 +78,20 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
             fields["launch_us"] = 1e6 * timing.launch_s
         if floor:
             fields["share"] = floor["floor_s"] / timing.median
+        if name != "ours" and "ours" in timings:
+            fields["ours_is"] = ratio(timing, timings["ours"])
+        if case.note is not None:
+            fields["note"] = case.note(timing.median)
         if variant_info := case.variants[name].info:
             fields |= variant_info(timing)
         outcomes[name] = Outcome(fields, timing)
     return outcomes
+
+
+def ratio(other: Timing, ours: Timing) -> dict[str, float]:
+    """How many times as fast ours is, round by round: a machine that slows down slows both of a round."""
+    rounds = np.array(other.samples) / np.array(ours.samples)
+    return dict(zip(("median", "p10", "p90"), np.quantile(rounds, [0.5, 0.1, 0.9]).tolist(), strict=True))
 
 
 def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compare import Case, Outcome, measure
+from bench.compare import Case, NotRun, Outcome, measure
 from bench.machine import Ceilings, cores, describe, settle
-from bench.rows import Record
+from bench.rows import Record, table
 
 QUICK_PACE = 0.25
 
@@ -45,7 +45,6 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "quick: the case is part of --quick")
     config.addinivalue_line("markers", "gpu_only: the case is too large for a CPU")
-    config.addinivalue_line("markers", "cpu_only: the case measures the host")
     config.stash[SESSION] = Session(config)
 
 
@@ -63,6 +62,10 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_terminal_summary(terminalreporter, config):
     session = config.stash[SESSION]
+    if session.rows:
+        terminalreporter.section("of the ceiling, worst first")
+        for line in table([row for row in session.rows if row["status"] in ("timed", "observed")]):
+            terminalreporter.line(line)
     if session.not_run:
         terminalreporter.section("not run")
         for (op, reason), count in sorted(Counter(session.not_run).items()):
@@ -82,6 +85,7 @@ class Session:
         self.config, self.device = config, torch.device(name)
         self.pace = QUICK_PACE if config.getoption("quick") else 1.0
         self.ceilings = Ceilings(self.device)
+        self.rows: list[dict] = []
         self.not_run: list[tuple[str, str]] = []
         self.measured: tuple[str, dict[str, Outcome], Case] | None = None  # the last case
         self.started = None
@@ -111,8 +115,10 @@ class Session:
         suite, op, case, provider = identity(item)
         if fields["status"] not in ("timed", "observed"):
             self.not_run.append((f"{op}[{case}]" if case else op, fields["status"].removeprefix("not run: ")))
+        row = {"suite": suite, "op": op, "case": case, "provider": provider, **fields}
+        self.rows.append(row)
         if self.record is not None:
-            self.record.add({"suite": suite, "op": op, "case": case, "provider": provider, **fields})
+            self.record.add(row)
 
 
 SESSION = pytest.StashKey[Session]()
@@ -154,7 +160,10 @@ class Bench:
             session.measured = None  # frees the last case's tensors before this one's are made
             if session.out_of_time():
                 self._skip("out of time")
-            case = build()
+            try:
+                case = build()
+            except NotRun as reason:
+                self._skip(str(reason))
             session.measured = key, how(case, session.ceilings, pace=session.pace), case
             case.variants = {}
         _, outcomes, case = session.measured

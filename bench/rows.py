@@ -59,8 +59,8 @@ def repeat(first: dict[str, Any], second: dict[str, Any], session: int) -> dict[
 
 def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
     """At most `max_lines` lines, the rows farthest from their ceiling first; what is left out is counted."""
-    timed = sorted((r for r in rows if r["status"] == "timed"), key=lambda r: r.get("share", float("inf")))
-    others = [r for r in rows if r["status"] != "timed"]
+    timed = sorted((r for r in rows if "seconds" in r), key=lambda r: r.get("share", float("inf")))
+    others = [r for r in rows if "seconds" not in r]
     lines = [f"{'row':58s} {'provider':>9s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
     lines += [_timed_line(row) for row in timed]
     lines += [f"{_name(row):58s} {row['provider']:>9s} {row['status'][:60]}" for row in others]
@@ -72,11 +72,16 @@ def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
 
 def _timed_line(row: dict[str, Any]) -> str:
     seconds = row["seconds"]
-    times = " ".join(f"{format_time(seconds[name]):>10s}" for name in ("median", "p10", "p90"))
+    times = " ".join(f"{format_time(seconds.get(name, seconds['median'])):>10s}" for name in ("median", "p10", "p90"))
     share = f"{row['share']:.0%} {row['bound']}" if "share" in row else "-"
     notes = []
     if "images_per_s" in row:
         notes.append(f"{row['images_per_s']:.1f} images/s")
+    if "peak_bytes" in row:
+        notes.append(f"peak {row['peak_bytes'] / 2**20:.0f} MiB")
+    if "ours_is" in row:
+        notes.append(f"ours is {row['ours_is']['median']:.2f}x")
+    notes += [f"{value:.3g} {name}" for name, value in row.get("note", {}).items()]
     if row.get("again", {}).get("differs", 0) >= 0.05 and seconds["median"] > 1e-4:
         notes.append(f"second run differs by {row['again']['differs']:.0%}")
     return f"{_name(row):58s} {row['provider']:>9s} {times} {share:>10s}  {', '.join(notes)}".rstrip()

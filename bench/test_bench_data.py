@@ -1,11 +1,10 @@
 """JPEGs to crops of 224 px by each decoder, beside the plain float pipeline; and what order and boxes cost an image.
 
-The photographs are scikit-image's, written as JPEGs of three sizes: 500 x 375 is ImageNet's usual one.
+The photographs come as JPEGs of three sizes: 500 x 375 is ImageNet's usual one. All runs on the host, but for DALI's
+decoder on a GPU.
 """
-
 import io
 import itertools
-import statistics
 import time
 
 import numpy as np
@@ -14,66 +13,21 @@ import torch
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD
 from PIL import Image
 
+from bench.compare import Case, NotRun, Variant
+from bench.machine import cores
+from bench.photographs import encode
 from ijepa_fast.data.decoder import PillowDecoder, build_decoder
 from ijepa_fast.data.index import RECORD
 from ijepa_fast.data.sampler import GlobalBatchSampler, crop_boxes
 
 SIZE, SCALE = 224, (0.3, 1.0)
-IMAGES = {(160, 213): 32, (500, 375): 32, (1600, 1200): 8}  # of a batch, by the size of the JPEGs
+IMAGES = {"160x213": 32, "500x375": 32, "1600x1200": 8}  # of a batch, by the size of the JPEGs
+THREADS = [1 << i for i in range(cores().bit_length())]  # 1, 2, 4, ... up to the cores
+SHARE = 128  # images of a step that one rank takes
+QUICK = pytest.mark.quick
 
 
-@pytest.fixture(scope="module", params=IMAGES, ids="{0[0]}x{0[1]}".format)
-def batch(request):
-    """Encoded JPEGs of one size and their boxes."""
-    data = pytest.importorskip("skimage.data", reason="scikit-image ships the photographs")
-    width, height = request.param
-    encoded = []
-    for name in ("astronaut", "chelsea", "coffee", "rocket"):
-        file = io.BytesIO()
-        Image.fromarray(getattr(data, name)()).resize(request.param).save(file, "JPEG", quality=90)
-        encoded.append(file.getvalue())
-    n = IMAGES[request.param]
-    boxes = crop_boxes(0, 0, np.arange(n), np.full(n, width), np.full(n, height), SCALE)
-    return encoded * (n // len(encoded)), boxes
-
-
-def measure(benchmark, decode, images, **info):
-    benchmark.pedantic(decode, rounds=7, warmup_rounds=1)
-    cpu = []  # what the process used, all threads together: on a machine with other work the steadier figure
-    for _ in range(3):
-        begin = time.process_time()
-        decode()
-        cpu.append(time.process_time() - begin)
-    stats = benchmark.stats.stats
-    benchmark.extra_info.update(
-        images=images,
-        size=SIZE,
-        ms_per_image_median=1e3 * stats.median / images,
-        ms_per_image_iqr=1e3 * stats.iqr / images,
-        cpu_ms_per_image=1e3 * statistics.median(cpu) / images,
-        **info,
-    )
-
-
-@pytest.mark.benchmark(group="decode")
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("provider", ["pillow", "dali"])
-def test_bench_decode(benchmark, batch, provider, threads):
-    encoded, boxes = batch
-    if provider == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    decoder, pillow = build_decoder(provider, threads), PillowDecoder(1)
-    try:
-        difference = decoder.decode(encoded, boxes, SIZE).int() - pillow.decode(encoded, boxes, SIZE).int()
-        assert difference[:, 1:-1, 1:-1].abs().max() <= (1 if provider == "dali" else 0)
-        measure(benchmark, lambda: decoder.decode(encoded, boxes, SIZE), len(encoded),
-                provider=provider, threads=threads)
-    finally:
-        decoder.close()
-        pillow.close()
-
-
-def straight(encoded, boxes):
+def straight(encoded: list[bytes], boxes: np.ndarray) -> torch.Tensor:
     """What a worker of a data loader does: crop, resize, float, normalise, channels first, one image after another."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     images = []
@@ -84,21 +38,68 @@ def straight(encoded, boxes):
     return torch.stack(images)
 
 
-@pytest.mark.benchmark(group="decode")
-def test_bench_straight_decode(benchmark, batch):
-    encoded, boxes = batch
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        measure(benchmark, lambda: straight(encoded, boxes), len(encoded), provider="straight", threads=1)
-    finally:
-        torch.set_num_threads(threads)
+def decode_case(size: str, threads: int, device: torch.device) -> Case:
+    encoded = encode(size)
+    encoded *= IMAGES[size] // len(encoded)
+    n = len(encoded)
+    width, height = (np.full(n, int(side)) for side in size.split("x"))
+    boxes = crop_boxes(0, 0, np.arange(n), width, height, SCALE)
+    pillow = PillowDecoder(1)
+    expected = pillow.decode(encoded, boxes, SIZE).int()
+    pillow.close()
+
+    def decoder(name: str, where: torch.device):
+        def make():
+            if name == "dali":
+                try:
+                    import nvidia.dali  # noqa: F401
+                except ImportError:
+                    raise NotRun("DALI is not installed") from None
+            if where.type != device.type and where.type == "cuda":
+                raise NotRun("GPU only")
+            built = build_decoder(name, threads, where)
+            return lambda: built.decode(encoded, boxes, SIZE)
+
+        return Variant(make)
+
+    def one_by_one():
+        if threads > 1:
+            raise NotRun("one thread: a loader's worker is a process of its own")
+        return lambda: straight(encoded, boxes)
+
+    def check(pixels: torch.Tensor) -> None:
+        if pixels.is_floating_point():  # normalised, [n, 3, S, S]
+            mean, std = (torch.tensor(x).view(3, 1, 1) for x in (IMAGENET_MEAN, IMAGENET_STD))
+            pixels = ((pixels * std + mean) * 255).round().permute(0, 2, 3, 1)
+        difference = (pixels.cpu().int() - expected)[:, 1:-1, 1:-1].abs().max().item()
+        assert difference <= 1, f"a pixel differs from Pillow's by {difference} levels"
+
+    cpu = torch.device("cpu")
+    return Case(
+        {
+            "pillow": decoder("pillow", cpu),
+            "dali": decoder("dali", cpu),
+            "dali_gpu": decoder("dali", torch.device("cuda")),
+            "straight": Variant(one_by_one),
+        },
+        {"images": n, "size": SIZE, "threads": threads},
+        torch.uint8,
+        check,
+        host=True,
+        seconds=0.7,
+        note=lambda seconds: {"ms/image": 1e3 * seconds / n, "images/s": n / seconds},
+    )
 
 
-@pytest.mark.benchmark(group="order and boxes")
-@pytest.mark.parametrize("images", [1_281_167, 14_197_122], ids=["in1k", "in22k"])
-def test_bench_order_and_boxes(benchmark, images):
-    """One step's share of a rank: ids, records, boxes. The epoch's permutation is drawn before and timed apart."""
+@pytest.mark.parametrize("provider", ["pillow", "dali", "dali_gpu", "straight"])
+@pytest.mark.parametrize("threads", [pytest.param(n, id=f"{n}threads") for n in THREADS])
+@pytest.mark.parametrize("size", ["160x213", pytest.param("500x375", marks=QUICK), "1600x1200"])
+def test_bench_decode(bench, size, threads, provider):
+    bench(lambda: decode_case(size, threads, bench.device))
+
+
+def order_case(images: int) -> Case:
+    """One step's share of a rank: ids, their records in the index, boxes. The epoch's permutation is drawn before."""
     records = np.zeros(images, RECORD)
     records["width"], records["height"] = 500, 375
     sampler = GlobalBatchSampler(images, 2048, seed=0)
@@ -107,15 +108,28 @@ def test_bench_order_and_boxes(benchmark, images):
     permutation_s = time.perf_counter() - begin
     steps = itertools.count()
 
-    def step():
-        ids = sampler.ids(next(steps))[:128]
+    def step() -> tuple[np.ndarray, np.ndarray]:
+        ids = sampler.ids(next(steps) % sampler.steps_per_epoch)[:SHARE]
         some = records[ids]
-        return crop_boxes(0, 0, ids, some["width"], some["height"], SCALE)
+        return ids, crop_boxes(0, 0, ids, some["width"], some["height"], SCALE)
 
-    boxes = step()
-    assert (boxes[:, 0] + boxes[:, 2]).max() <= 500
-    assert (boxes[:, 1] + boxes[:, 3]).max() <= 375
-    benchmark.pedantic(step, rounds=100, warmup_rounds=5)
-    benchmark.extra_info.update(
-        images=images, us_per_image=1e6 * benchmark.stats.stats.median / 128, permutation_s=permutation_s
+    def check(result: tuple[np.ndarray, np.ndarray]) -> None:
+        ids, boxes = result
+        assert len(set(ids.tolist())) == SHARE, "an image twice"
+        corners = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+        assert ((corners >= 0) & (corners <= (500, 375))).all(), "a box outside its image"
+
+    return Case(
+        {"ours": Variant(lambda: step)},
+        {"images": images, "share": SHARE},
+        torch.int64,
+        check,
+        host=True,
+        note=lambda seconds: {"us/image": 1e6 * seconds / SHARE, "s for the epoch's order": permutation_s},
     )
+
+
+@QUICK
+@pytest.mark.parametrize("images", [pytest.param(1_281_167, id="in1k"), pytest.param(14_197_122, id="in22k")])
+def test_bench_order_and_boxes(bench, images):
+    bench(lambda: order_case(images))

@@ -1,64 +1,89 @@
-"""Masks of a released per-GPU batch (128 images, 16 x 16 patches): ours, and one image after another in plain torch."""
+"""Masks of a released per-GPU batch (128 images, 16 x 16 patches): ours, and one image after another in plain torch.
 
+Both draw the same distribution, in the same process, each time another step. The loop draws the `reference` sampler
+only; `corrected` has no other implementation to be held against.
+"""
 import itertools
-import statistics
-import time
 
 import pytest
 import torch
 
+from bench.compare import Case, NotRun, Variant
 from bench.naive_masks import naive_masks, truncate
 from ijepa_fast.config import MaskConfig
-from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.masks import Masks, MultiBlockMasks
 
 IMAGES, GRID = 128, 16
 
 
-def _naive_seconds(repeats: int = 5) -> float:
-    generator, seconds = torch.Generator().manual_seed(0), []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        contexts, targets = naive_masks(generator, GRID, IMAGES)
-        truncate(contexts), truncate(targets)
-        seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds)
-
-
-def _check(masks: MultiBlockMasks) -> None:
-    """No time is worth reporting of masks that let a context see a target, or that miscount."""
+def check_ours(masks: MultiBlockMasks) -> None:
+    """No context sees a target, and tokens are counted right."""
     context, target, context_of = masks.sample(0, 0, IMAGES)
-    visible, hidden = torch.zeros(2, IMAGES, GRID * GRID, dtype=torch.bool)
-    for seen, packed in ((visible, context), (hidden, target)):
-        image = packed.image.repeat_interleave(packed.cu_seqlens.diff())
-        seen[image.long(), packed.indices.long()] = True
-    assert not (visible & hidden).any()
-    assert visible.sum() == len(context.indices)
+    check(*(patches_of(packed) for packed in (context, target)))
     assert masks.count_targets(0) == len(target.indices)
     assert context_of.equal(target.image)
 
 
-@pytest.mark.benchmark(group="masks")
+def patches_of(packed) -> torch.Tensor:
+    """bool [IMAGES, patches], those that the sequences of each image name."""
+    seen = torch.zeros(IMAGES, GRID * GRID, dtype=torch.bool)
+    seen[packed.image.repeat_interleave(packed.cu_seqlens.diff()).long(), packed.indices.long()] = True
+    return seen
+
+
+def check(visible: torch.Tensor, hidden: torch.Tensor) -> None:
+    assert not (visible & hidden).any(), "a context sees a target"
+    assert (visible.any(1) & hidden.any(1)).all(), "an image has no context, or no target"
+
+
+def check_loop(drawn: tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]]) -> None:
+    seen = torch.zeros(2, IMAGES, GRID * GRID, dtype=torch.bool)
+    for side, of_images in zip(seen, drawn, strict=True):
+        for image, indices in enumerate(of_images):
+            side[image, torch.cat(indices)] = True
+    check(*seen)
+
+
+def masks_case(sampler: str, collate: str) -> Case:
+    masks = MultiBlockMasks(MaskConfig(sampler=sampler, collate=collate), GRID, seed=0, global_batch=IMAGES)
+
+    def ours():
+        steps = itertools.count()
+
+        def call() -> Masks:
+            return masks.sample(next(steps), 0, IMAGES)
+
+        return call
+
+    def loop():
+        if sampler != "reference":
+            raise NotRun("the loop draws the reference sampler only")
+        generator = torch.Generator().manual_seed(0)
+
+        def call() -> None:
+            contexts, targets = naive_masks(generator, GRID, IMAGES)
+            if collate == "truncate":
+                truncate(contexts), truncate(targets)
+
+        return call
+
+    def gate_loop() -> None:
+        loop()
+        check_loop(naive_masks(torch.Generator().manual_seed(0), GRID, IMAGES))
+
+    return Case(
+        {"ours": Variant(ours, gate=lambda: check_ours(masks)), "loop": Variant(loop, gate=gate_loop)},
+        {"images": IMAGES, "grid": GRID},
+        torch.int32,
+        host=True,
+        seconds=1.0,
+        note=lambda seconds: {"us/image": 1e6 * seconds / IMAGES},
+    )
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("provider", ["ours", "loop"])
 @pytest.mark.parametrize("collate", ["truncate", "ragged"])
 @pytest.mark.parametrize("sampler", ["reference", "corrected"])
-def test_bench_masks(benchmark, sampler, collate):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        masks = MultiBlockMasks(MaskConfig(sampler=sampler, collate=collate), GRID, seed=0, global_batch=IMAGES)
-        _check(masks)
-        steps = itertools.count()
-        benchmark(lambda: masks.sample(next(steps), 0, IMAGES))
-        naive = _naive_seconds()
-    finally:
-        torch.set_num_threads(threads)
-    ours = benchmark.stats.stats
-    benchmark.extra_info.update(
-        images=IMAGES,
-        grid=GRID,
-        sampler=sampler,
-        collate=collate,
-        ours_median_ms=1e3 * ours.median,
-        ours_iqr_ms=1e3 * ours.iqr,
-        naive_median_ms=1e3 * naive,
-        ratio_to_naive=naive / ours.median,
-    )
+def test_bench_masks(bench, sampler, collate, provider):
+    bench(lambda: masks_case(sampler, collate))

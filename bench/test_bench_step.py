@@ -1,0 +1,115 @@
+"""The whole training step and its parts, by each provider on shared weights and one batch, at equal tokens.
+
+A ragged batch holds more tokens than a truncated one, and the baselines cannot take it: ours stands alone there, and
+its images/s are not to be held against those of truncated masks.
+"""
+import statistics
+from pathlib import Path
+
+import pytest
+
+from bench.compare import Case, Variant
+from bench.machine import cores
+from bench.photographs import write_folder
+from bench.providers import PROVIDERS, Ours
+from bench.step_gate import Gate
+from bench.workload import IMAGE_SIZE, MODELS, Setup
+from ijepa_fast.config import MaskConfig
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.index import build_index
+from ijepa_fast.data.loader import Loader
+from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.masks import MultiBlockMasks
+
+GPU_ONLY = [pytest.param(name, marks=pytest.mark.gpu_only) for name, model in MODELS.items() if model.cpu_batch is None]
+ON_CPU = [pytest.param("S16", marks=pytest.mark.quick), "B16"]
+
+
+def step_case(model: str, collate: str, bench) -> Case:
+    setup = Setup(MODELS[model], collate, bench.device, bench.released)
+    gate, flops = Gate(setup), setup.flops()
+    providers = {}
+
+    def variant(name: str) -> Variant:
+        def prove() -> None:
+            providers[name] = PROVIDERS[name](setup)
+            gate(providers[name])
+
+        def info(timing) -> dict:
+            return {
+                "images_per_s": setup.batch / timing.median,
+                "tokens_per_s": setup.tokens() / timing.median,
+                "parts": providers[name].marks.seconds(last=len(timing.samples)),
+            }
+
+        return Variant(lambda: providers[name].step, gate=prove, graph=False, info=info)
+
+    size, patches = setup.model.size, setup.model.grid**2
+    shapes = {
+        "model": setup.model.encoder, "patch_size": setup.model.patch_size, "batch": setup.batch, "collate": collate,
+        "context": float(setup.lengths[0].mean()), "target": float(setup.lengths[1].mean()),
+    }  # fmt: skip
+    return Case(
+        {name: variant(name) for name in PROVIDERS},
+        shapes,
+        setup.dtype,
+        flops=flops.total,
+        block=(setup.batch * patches, size.dim, size.mlp_dim),
+        seconds=12.0,
+        info={"tokens": setup.tokens(), "flops_parts": flops._asdict()},
+    )
+
+
+def fed_case(model: str, bench, folder: Path) -> Case:
+    """Our step behind the real loader, on JPEGs of ImageNet's usual size: how long it waits for data."""
+    setup = Setup(MODELS[model], "truncate", bench.device)
+    ours, waits = Ours(setup), []
+    write_folder(folder, "500x375", 2 * setup.batch)
+    index = build_index(folder, write_cache=False)
+    config = MaskConfig(group=setup.batch)
+    loader = Loader(
+        index,
+        GlobalBatchSampler(len(index), setup.batch, seed=0),
+        build_decoder("auto", cores(), bench.device),
+        Reader(index, cores()),
+        MultiBlockMasks(config, setup.model.grid, 0, setup.batch),
+        image_size=IMAGE_SIZE,
+        crop_scale=(0.3, 1.0),
+        seed=0,
+        micro_batch=setup.batch,
+        device=bench.device,
+    )
+
+    def make():
+        batches = loader.batches(0, 1_000_000)
+
+        def call() -> None:
+            before = loader.wait_s
+            batch = next(batches)
+            waits.append(loader.wait_s - before)
+            setup.images, setup.masks = batch.images, batch.masks
+            ours.step()
+
+        return call
+
+    def info(timing) -> dict:
+        wait = statistics.median(waits[-len(timing.samples) :])
+        share = 100 * wait / timing.median
+        return {"note": {"images/s": setup.batch / timing.median, "ms data wait": 1e3 * wait, "% of the step": share}}
+
+    shapes = {"model": setup.model.encoder, "batch": setup.batch, "threads": cores()}
+    variant = Variant(make, gate=lambda: Gate(setup)(ours), graph=False, info=info)
+    return Case({"ours": variant}, shapes, setup.dtype, seconds=12.0)
+
+
+@pytest.mark.parametrize("provider", PROVIDERS)
+@pytest.mark.parametrize("collate", ["truncate", "ragged"])
+@pytest.mark.parametrize("model", [*ON_CPU, *GPU_ONLY])
+def test_bench_step(bench, model, collate, provider):
+    bench(lambda: step_case(model, collate, bench))
+
+
+@pytest.mark.parametrize("model", ["S16", pytest.param("H14", marks=pytest.mark.gpu_only)])
+def test_bench_step_with_loader(bench, model, tmp_path):
+    bench(lambda: fed_case(model, bench, tmp_path))

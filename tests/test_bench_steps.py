@@ -1,0 +1,134 @@
+"""The step benchmark's providers, its gate, and how it counts memory, on a model small enough for a test."""
+import copy
+import itertools
+
+import pytest
+import torch
+
+from bench.compare import NotRun
+from bench.memory import highest, peak_bytes
+from bench.providers import PARTS, PROVIDERS, Ours, Straight, Tuned
+from bench.step_gate import Gate
+from bench.workload import MODELS, Model, Setup, draw_masks, rectangular
+from ijepa_fast.model import SIZES
+
+CPU = torch.device("cpu")
+TINY = Model("vit_tiny", 16, 1, gpu_batch=2, cpu_batch=2)
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch):
+    monkeypatch.setitem(SIZES, "vit_tiny", SIZES["vit_tiny"]._replace(depth=2))
+
+
+def build(name: str, setup: Setup):
+    return Tuned(setup, compiled=False) if name == "tuned" else PROVIDERS[name](setup)
+
+
+@pytest.mark.parametrize("name", ["ours", "straight", "tuned"])
+def test_the_gate_passes_every_provider(name):
+    setup = Setup(TINY, "truncate", CPU)
+    Gate(setup)(build(name, setup))
+
+
+def test_the_gate_takes_ragged_masks_image_by_image():
+    setup = Setup(TINY, "ragged", CPU)
+    assert len(set(setup.lengths[0].tolist())) > 1, "the masks are not ragged, so this shows nothing"
+    Gate(setup)(Ours(setup))
+    for name in ("straight", "tuned"):
+        with pytest.raises(NotRun, match="rectangular"):
+            build(name, setup)
+
+
+@pytest.mark.parametrize("wrong", ["weights", "pixels", "gradient"])
+def test_the_gate_refuses(wrong):
+    setup = Setup(TINY, "truncate", CPU)
+    ours = Ours(setup)
+    if wrong == "weights":
+        ours.encoder = copy.deepcopy(ours.encoder)
+        ours.encoder.blocks[1].mlp.fc2.weight.data.mul_(1.01)
+    elif wrong == "pixels":
+        setup.images = setup.images.clone()
+        setup.images[0, :64, :64] = 0
+    else:
+        ours.predictor.predictor_norm.weight.register_hook(lambda gradient: 1.1 * gradient)
+    with pytest.raises(AssertionError, match="off by"):
+        Gate(setup)(ours)
+
+
+def test_one_step_of_every_provider_leaves_the_same_weights():
+    after = {}
+    for name in ("ours", "straight", "tuned"):
+        setup = Setup(TINY, "truncate", CPU)
+        before = torch.cat([p.detach().flatten().clone() for p in setup.target_encoder.parameters()])
+        provider = build(name, setup)
+        for group in provider.optimizer.param_groups:
+            group["lr"] = 1e-2
+        provider.step()
+        modules = (setup.encoder, setup.target_encoder)  # shared: whatever a provider does, it does to these
+        after[name] = [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in modules]
+        moved = after[name][1] - before
+        assert moved.abs().max() > 1e-5, "the target did not move"
+    for name in ("straight", "tuned"):
+        for mine, theirs in zip(after["ours"], after[name], strict=True):
+            # Adam's first step is lr * sign(gradient): where a gradient is all rounding, its sign may differ.
+            different = (mine - theirs).abs() > 1e-6
+            assert different.float().mean() < 1e-3, f"{name}: {different.float().mean():.1%} of the weights differ"
+
+
+def test_marks_cut_the_step_into_its_parts():
+    straight = Straight(Setup(TINY, "truncate", CPU))
+    for _ in range(3):
+        straight.step()
+    assert [part for part, _ in straight.marks.steps[-1]] == ["start", *PARTS]
+    straight.marks.steps[:] = [[("start", 0.0), ("target", 1.0), ("context", 3.0)], [("start", 5.0), ("target", 8.0)]]
+    assert straight.marks.seconds(last=1) == {"target": 3.0}
+    assert straight.marks.seconds(last=2) == {"target": 3.0, "context": 2.0}
+
+
+def test_weights_are_shared_and_state_is_counted_once():
+    setup = Setup(TINY, "truncate", CPU)
+    ours, tuned = Ours(setup), Tuned(setup, compiled=False)
+    assert ours.encoder.norm.weight.data_ptr() == tuned.encoder.norm.weight.data_ptr()
+    ours.step()
+    trained = sum(p.numel() for p in ours.trained())
+    frozen = [setup.target_encoder, setup.encoder.pos_embed, setup.predictor.predictor_pos_embed]
+    frozen = sum(p.numel() for f in frozen for p in (f.parameters() if hasattr(f, "parameters") else [f]))
+    steps = len(list(ours.trained()))  # AdamW's counters
+    batch = sum(x.untyped_storage().nbytes() for x in ours.inputs())
+    assert ours.persistent_bytes() == 4 * (3 * trained + frozen + steps) + batch
+
+
+def test_peak_of_a_call_is_the_most_it_holds_at_once():
+    megabyte = 1 << 20
+
+    def call():
+        a = torch.empty(3 * megabyte, dtype=torch.uint8)
+        b = torch.empty(5 * megabyte, dtype=torch.uint8)
+        del a
+        c = torch.empty(4 * megabyte, dtype=torch.uint8)
+        return b, c
+
+    peak = peak_bytes(call, CPU)
+    assert 9 * megabyte <= peak < 9.1 * megabyte
+    assert highest([3, 5, -3, 4, -9, 1]) == 9
+
+
+def test_median_masks_are_rectangular_only_where_truncated():
+    truncated = draw_masks(14, 16, "truncate")
+    contexts = rectangular(truncated.context, 16)
+    assert [tuple(m.shape) for m in contexts] == [(16, int(truncated.context.cu_seqlens[1]))]
+    assert len(rectangular(truncated.target, 16)) == 4
+    image = 5
+    begin = int(truncated.context.cu_seqlens[image])
+    assert contexts[0][image].equal(truncated.context.indices[begin : begin + contexts[0].shape[1]].long())
+    with pytest.raises(ValueError, match="not rectangular"):
+        rectangular(draw_masks(14, 16, "ragged").context, 16)
+
+
+def test_every_recipe_has_its_sizes():
+    for name, model in MODELS.items():
+        assert model.predictor_size.dim % model.size.num_heads == 0, name
+        assert 224 % model.patch_size == 0
+    tokens = [Setup(TINY, collate, CPU).tokens() for collate in ("truncate", "ragged")]
+    assert all(a < b for a, b in itertools.pairwise(tokens))
