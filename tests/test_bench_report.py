@@ -1,0 +1,100 @@
+"""bench/report.py: recorded JSON becomes RESULTS.md and its pictures, and says no more than the JSON does."""
+import json
+from pathlib import Path
+
+import pytest
+
+from bench.report import report
+
+MACHINE = {
+    "device": "Some(R) Processor, 2 cores", "type": "cpu", "threads": 2, "load": [0.1, 0.1, 0.1], "python": "3.11.1",
+    "torch": "2.13.0", "triton": "3.7.1", "numpy": "2.3.5", "commit": "abc", "date": "2026-11-21T10:00:00+00:00",
+    "ceilings": {"copy": 1e10, "matmul float32 8x16 mlp 64": 2e11},
+}  # fmt: skip
+PARTS = {"target": 0.2, "context": 0.2, "predictor": 0.2, "backward": 0.3, "optimizer+EMA": 0.1}
+
+
+def row(suite, op, case, provider, median=None, status="timed", **fields):
+    key = {"suite": suite, "op": op, "case": case, "provider": provider, "status": status, "session": 0}
+    if median is not None:
+        key["seconds"] = {"median": median, "p10": 0.9 * median, "p90": 1.1 * median, "min": median, "rounds": 9}
+    return {**key, **fields}
+
+
+def rows(scale=1.0):
+    step = {"shapes": {"batch": 16, "collate": "truncate"}, "parts": PARTS, "share": 0.5, "bound": "matmul"}
+    speed = {"images_per_s": 16.0, "tokens_per_s": 1600.0}
+    ratio = {"ours_is": {"median": 1.25, "p10": 1.2, "p90": 1.3}}
+    copy = {"bytes": 1000, "flops": None, "floor_s": 1e-3, "bound": "copy", "share": 0.5}
+    products = {"bytes": 100, "flops": 1e6, "floor_s": 5e-4, "bound": "matmul", "share": 0.5}
+    return [
+        row("step", "step", "S16-truncate", "ours", 1.0 * scale, **step, **speed),
+        row("step", "step", "S16-truncate", "straight", 1.25, **step, **speed, **ratio),
+        row("step", "step", "H14-truncate", "ours", status="not run: GPU only"),
+        row("memory", "memory", "S16-truncate", "ours", 1.0, "observed", peak_bytes=3 << 20, persistent_bytes=1 << 20),
+        row("ops", "ema", "B16", "ours", 2e-3, **copy),
+        row("ops", "ema", "B16", "eager", 4e-3, **copy),
+        row("attention", "attention", "64", "ours", 1e-3, **products),
+        row("masks", "masks", "reference", "ours", 1e-3, note={"us/image": 7.8}),
+        row("ops", "loss", "B16", "ours", status="gate red: it is wrong"),
+    ]
+
+
+def write(folder: Path, name: str, rows, **machine):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps({"sessions": [{**MACHINE, **machine}], "rows": rows}))
+
+
+@pytest.fixture
+def results(tmp_path):
+    write(tmp_path / "results" / "some-processor", "first.json", rows())
+    return tmp_path / "results"
+
+
+def test_the_report_says_what_the_record_says(results, tmp_path):
+    text = report(results, tmp_path)
+    assert "No GPU record yet" in text
+    assert "| S16-truncate | 16 | straight | 1.25 s (1.12 s to 1.38 s) | 1.25x (1.20 to 1.30) |" in text
+    assert "| S16-truncate | ours | 200 ms | 200 ms | 200 ms | 300 ms | 100 ms |" in text
+    assert "| S16-truncate | ours | 3 MiB | 1 MiB |" in text
+    assert "| ema | B16 | eager | 4 ms (3.6 ms to 4.4 ms) |  | 50% copy |  |" in text
+    assert "us/image 7.8" in text
+    assert "- not run: GPU only: step[H14-truncate] ours" in text
+    assert "- gate red: it is wrong: loss[B16] ours" in text
+    assert "first record of this device" in text
+    for picture in ("roofline", "step", "images"):
+        assert f"![{picture}](results/some-processor/{picture}.png)" in text
+        assert (results / "some-processor" / f"{picture}.png").stat().st_size > 5000
+
+
+def test_the_same_record_gives_the_same_report_and_pictures(results, tmp_path):
+    first = report(results, tmp_path)
+    pictures = {path: path.read_bytes() for path in results.rglob("*.png")}
+    assert report(results, tmp_path) == first
+    assert {path: path.read_bytes() for path in results.rglob("*.png")} == pictures
+
+
+def test_changes_are_against_the_record_before(results, tmp_path):
+    later = "2026-11-22T10:00:00+00:00"
+    write(results / "some-processor", "0-later.json", rows(scale=0.8), commit="def", date=later)
+    text = report(results, tmp_path)
+    assert "Against the record of 2026-11-21, commit `abc`" in text
+    assert "| step S16-truncate ours | 1 s | 800 ms | -20% |" in text
+    assert "ema B16 ours |" not in text.partition("Against the record")[2], "a row that did not move is listed"
+
+
+def test_rows_that_two_runs_disagree_on_are_named(results, tmp_path):
+    some = rows()
+    for one, differs in zip(some, (0.08, 0.01), strict=False):
+        one["again"] = {"median": one["seconds"]["median"] * (1 + differs), "differs": differs}
+    write(results / "some-processor", "first.json", some)
+    text = report(results, tmp_path)
+    assert "Of 2 rows above 100 us, the medians of 1 differ by less than 5 %" in text
+    assert "- step S16-truncate ours: 1 s, then 1.08 s" in text
+
+
+def test_a_gpu_record_ends_the_excuse(results, tmp_path):
+    write(results / "gpu", "first.json", rows(), device="GPU", type="cuda", clocks={"clocks.sm": "1980 MHz"})
+    text = report(results, tmp_path)
+    assert "No GPU record yet" not in text
+    assert "1980 MHz" in text
