@@ -24,6 +24,7 @@ from .shipped import Shipped
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("smooth_l1", "l2")
+SUM = 2  # the reduction's number in ATen
 # D rounded up to a power of two -> rows a program, warps: 32 elements a thread, so that many loads are in flight.
 # Not measured yet. A row is held in registers; wider ones run as plain PyTorch.
 TILES = {256: (8, 2), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8), 16384: (1, 16)}
@@ -71,17 +72,24 @@ def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator
         rows = target[rows // num_patches, rows % num_patches].float()
     if normalize:
         rows = F.layer_norm(rows, (dim,), eps=eps)
-    difference = torch.sub(pred.float(), rows, out=rows)
-    scale = 1 / _denominator(pred, denominator)
-    zero = torch.zeros((), dtype=torch.float32, device=pred.device).expand_as(difference)
+    pred32, scale = pred.float(), 1 / _denominator(pred, denominator)
+    upstream = torch.full((), scale, device=pred.device)
     if kind == "l2":
-        loss = F.mse_loss(difference, zero, reduction="sum") * scale
-        gradient = difference.mul_(2 * scale)
+        loss = F.mse_loss(pred32, rows, reduction="sum")
+    elif beta == 0:
+        loss = F.l1_loss(pred32, rows, reduction="sum")
     else:
-        loss = F.smooth_l1_loss(difference, zero, reduction="sum", beta=beta) * scale
-        # beta 0 is L1: clamp(d, 0, 0) / 0 would be nan
-        gradient = difference.clamp_(-beta, beta).mul_(scale / beta) if beta else difference.sign_().mul_(scale)
-    return loss, _new_gradient(pred).copy_(gradient) if with_gradient else pred.new_empty(0)
+        loss = F.smooth_l1_loss(pred32, rows, reduction="sum", beta=beta)
+    if not with_gradient:
+        return loss * scale, pred.new_empty(0)
+    # into the rows' own memory: half the time of a new tensor, which ATen also fills with zeros first
+    if kind == "l2":
+        torch.ops.aten.mse_loss_backward.grad_input(upstream, pred32, rows, SUM, grad_input=rows)
+    elif beta == 0:
+        torch.sub(pred32, rows, out=rows).sign_().mul_(scale)
+    else:
+        torch.ops.aten.smooth_l1_loss_backward.grad_input(upstream, pred32, rows, SUM, beta, grad_input=rows)
+    return loss * scale, rows.to(_gradient_dtype(pred))
 
 
 @triton.jit
@@ -266,10 +274,13 @@ def _forward(
     return partial.sum(), gradient if with_gradient else empty
 
 
-def _new_gradient(pred: Tensor) -> Tensor:
+def _gradient_dtype(pred: Tensor) -> torch.dtype:
     """A mean's gradient, 1 / (T * D), is below fp16's smallest number until a loss scale comes in the backward."""
-    dtype = torch.float32 if pred.dtype == torch.float16 else pred.dtype
-    return torch.empty_like(pred, dtype=dtype, memory_format=torch.contiguous_format)
+    return torch.float32 if pred.dtype == torch.float16 else pred.dtype
+
+
+def _new_gradient(pred: Tensor) -> Tensor:
+    return torch.empty(pred.shape, dtype=_gradient_dtype(pred), device=pred.device)
 
 
 def _forward_fake(pred, *_args):
