@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aot import Shipped
 from .dispatch import register, tl, triton, use_triton
 from .packed import FLOATS, Packed, check_packed, check_tensor
+from .shipped import Shipped
 from .tokens import gather_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

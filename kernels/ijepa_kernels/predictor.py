@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .aot import Shipped
 from .dispatch import register, tl, triton, use_triton
 from .packed import FLOATS, Packed, can_read, check_packed, check_range, check_tensor, describe
+from .shipped import Shipped
 from .tokens import BLOCK_TOKENS, gather_tokens, tile_columns
 
 

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .aot import Shipped
 from .dispatch import register, tl, triton, use_triton
 from .packed import Packed, check_masks, check_packed, check_tensor
+from .shipped import Shipped
 
 BLOCK_TOKENS = 16
 
