@@ -140,6 +140,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     elif config.log.crop_knn and len(run.index) > 1:
         show_crop_knn(run, console)
     world.barrier()
+    stop.pass_on()
 
 
 def update(run: Run, step: int, batches: Iterator[Batch]) -> tuple[Tensor, dict[str, Any], int]:
