@@ -5,7 +5,6 @@ in turn; every item then reports its own. pytest-benchmark gets the samples thro
 a GPU time is taken by events and not between two calls of a timer.
 """
 import time
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,6 +49,11 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     session = config.stash[SESSION]
+    # The providers of a case one after the other, in whatever order parameters were written down.
+    first = {}
+    for place, item in enumerate(items):
+        first.setdefault((item.path, *identity(item)[:3]), place)
+    items.sort(key=lambda item: first[item.path, *identity(item)[:3]])
     for item in items:
         if "bench" not in item.fixturenames:
             continue
@@ -64,17 +68,30 @@ def pytest_terminal_summary(terminalreporter, config):
     session = config.stash[SESSION]
     if session.rows:
         terminalreporter.section("of the ceiling, worst first")
-        for line in table([row for row in session.rows if row["status"] in ("timed", "observed")]):
+        for line in table([row for row in session.rows if "seconds" in row]):
             terminalreporter.line(line)
-    if session.not_run:
+    not_run = [row for row in session.rows if row["status"] not in ("timed", "observed")]
+    if not_run:
         terminalreporter.section("not run")
-        for (op, reason), count in sorted(Counter(session.not_run).items()):
-            terminalreporter.line(f"{op}: {count} row{'s' * (count != 1)}: {reason}")
+        for line in left_out(not_run):
+            terminalreporter.line(line)
     if session.ceilings.measured:
         terminalreporter.section("ceilings of this machine, measured in this session")
         for name, rate in session.ceilings.measured.items():
             unit, scale = ("GB/s", 1e9) if name == "copy" else ("TFLOP/s", 1e12)
             terminalreporter.line(f"{name}: {rate / scale:.4g} {unit}")
+
+
+def left_out(rows: list[dict]) -> list[str]:
+    """Rows without a figure, by op and reason."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["status"].removeprefix("not run: ")), []).append(row)
+    lines = []
+    for (op, reason), some in sorted(groups.items()):
+        names = dict.fromkeys(f"{row['case']} {row['provider']}".strip() for row in some)
+        lines.append(f"{op}: {reason}: {', '.join(names)}")
+    return lines
 
 
 class Session:
@@ -86,7 +103,6 @@ class Session:
         self.pace = QUICK_PACE if config.getoption("quick") else 1.0
         self.ceilings = Ceilings(self.device)
         self.rows: list[dict] = []
-        self.not_run: list[tuple[str, str]] = []
         self.measured: tuple[str, dict[str, Outcome], Case] | None = None  # the last case
         self.started = None
         path = config.getoption("record")
@@ -113,8 +129,6 @@ class Session:
 
     def report(self, item, fields: dict) -> None:
         suite, op, case, provider = identity(item)
-        if fields["status"] not in ("timed", "observed"):
-            self.not_run.append((f"{op}[{case}]" if case else op, fields["status"].removeprefix("not run: ")))
         row = {"suite": suite, "op": op, "case": case, "provider": provider, **fields}
         self.rows.append(row)
         if self.record is not None:

@@ -27,7 +27,7 @@ def draw(rows: list[Row], device: str, folder: Path) -> dict[str, list[Path]]:
 def roofline(rows: list[Row]) -> Figure | None:
     """FLOP/s over FLOPs a byte for what multiplies; for what only moves, the share of a copy's speed."""
     products = [row for row in rows if row.get("bytes") and row.get("flops") and "floor_s" in row]
-    moves = [row for row in rows if row.get("bound") == "copy" and row["suite"] == "ops"]
+    moves = [row for row in rows if row.get("bound") == "copy" and not row.get("flops")]
     if not products and not moves:
         return None
     figure, (left, right) = _figure(1, 2, height=max(4.0, 0.16 * len(moves) + 1.2))

@@ -23,7 +23,7 @@ from bench.rows import Record, table  # noqa: E402
 
 PARTS = {
     "tests": [],
-    "ops": ["ops", "masks"],
+    "ops": ["ops", "inputs", "masks"],
     "attention": ["attention"],
     "step": ["step", "data"],
     "memory": ["memory"],

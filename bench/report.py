@@ -21,7 +21,8 @@ SHORT_S = 1e-4  # so does one of rows shorter than this, whatever it does
 SUITES = {
     "step": "Whole step",
     "memory": "Peak memory of a step",
-    "ops": "Ops",
+    "inputs": "Ops that make a transformer's input",
+    "ops": "Ops on its output and weights",
     "attention": "Attention",
     "masks": "Masks",
     "data": "Data",
@@ -35,7 +36,8 @@ Written by `python bench/report.py` from the records in `bench/results`. `make b
 percentile of the samples in brackets. The providers of a case are sampled in turn in one process, each after its
 correctness gate, so compare within a case: *ours is* gives how many times as fast ours is, the median over rounds.
 *Of ceiling* is the least time that the case's own bytes or FLOPs allow on this machine, by a copy or by matrix products
-measured in the same run, over the median; for a whole step that is its MFU."""
+measured in the same run, over the median; for a whole step that is its MFU. An op in place may pass 100 % on a CPU: a
+copy there also reads the lines that it overwrites."""
 Row = dict[str, Any]
 Cells = tuple[object, ...]
 

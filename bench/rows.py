@@ -61,9 +61,9 @@ def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
     """At most `max_lines` lines, the rows farthest from their ceiling first; what is left out is counted."""
     timed = sorted((r for r in rows if "seconds" in r), key=lambda r: r.get("share", float("inf")))
     others = [r for r in rows if "seconds" not in r]
-    lines = [f"{'row':58s} {'provider':>9s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
+    lines = [f"{'row':48s} {'provider':>15s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
     lines += [_timed_line(row) for row in timed]
-    lines += [f"{_name(row):58s} {row['provider']:>9s} {row['status'][:60]}" for row in others]
+    lines += [f"{_name(row):48s} {row['provider']:>15s} {row['status'][:60]}" for row in others]
     if len(lines) > max_lines:
         left_out = len(lines) - max_lines + 1
         lines = [*lines[: max_lines - 1], f"... and {left_out} rows more, in the record"]
@@ -84,7 +84,7 @@ def _timed_line(row: dict[str, Any]) -> str:
     notes += [f"{value:.3g} {name}" for name, value in row.get("note", {}).items()]
     if row.get("again", {}).get("differs", 0) >= 0.05 and seconds["median"] > 1e-4:
         notes.append(f"second run differs by {row['again']['differs']:.0%}")
-    return f"{_name(row):58s} {row['provider']:>9s} {times} {share:>10s}  {', '.join(notes)}".rstrip()
+    return f"{_name(row):48s} {row['provider']:>15s} {times} {share:>10s}  {', '.join(notes)}".rstrip()
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from ijepa_fast.model import build_encoder
 
 CPU_BATCH = 4
 MOMENTUM = 0.996
-pytestmark = pytest.mark.parametrize("model", ["B16", "H14", "g16"])
+pytestmark = pytest.mark.parametrize("model", [pytest.param("B16", marks=pytest.mark.quick), "L16", "H14", "g16"])
 
 
 def ema_shapes(model: Model, device: torch.device) -> list[torch.Size]:

@@ -17,6 +17,7 @@ import torch
 Call = Callable[[], Any]
 SAMPLE_S = 2e-3  # the least a CPU sample lasts: ten thousand times the clock's own cost
 GRAPH_S = 2e-4  # the least a captured graph lasts: 400 times the resolution of an event
+WARM_S, LONG_S = 0.05, 1.0  # a CPU call is warm after two, and so much time; one that takes so long, after one
 MAX_BUFFERS = 64
 
 
@@ -100,11 +101,12 @@ class WallSampler:
 
     def __init__(self, call: Call):
         self.call = call
-        begin, warm = time.perf_counter(), []
-        while len(warm) < 2 or (time.perf_counter() - begin < 0.05 and len(warm) < 1000):
+        warm, spent = [], 0.0
+        while spent < WARM_S or (len(warm) < 2 and spent < LONG_S):
             start = time.perf_counter()
             call()
             warm.append(time.perf_counter() - start)
+            spent += warm[-1]
         self.calls = max(1, math.ceil(SAMPLE_S / np.median(warm)))
 
     def sample(self) -> float:

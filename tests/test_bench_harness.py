@@ -206,4 +206,4 @@ def test_every_item_leaves_a_row(tmp_path):
     timed = next(r for r in record["rows"] if r["status"] == "timed")
     assert timed["seconds"]["rounds"] >= 3
     assert "1 failed, 1 passed, 7 skipped" in run.stdout
-    assert "sum[large]: 3 rows: GPU only" in run.stdout
+    assert "sum: GPU only: large ours, large bad, large absent" in run.stdout
