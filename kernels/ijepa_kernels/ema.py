@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import describe
+from .packed import FLOATS, describe
 from .shipped import Shipped
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -207,11 +206,11 @@ def _check(target: list[Tensor], source: list[Tensor], low_precision: list[Tenso
     if len({x.data_ptr() for x in target if x.numel()}) < sum(x.numel() > 0 for x in target):
         raise ValueError("target: want every tensor once, got one twice (tied weights?)")
     for i, (t, s) in enumerate(zip(target, source, strict=True)):
-        if t.dtype not in DTYPES:
+        if t.dtype not in FLOATS:
             raise ValueError(f"target[{i}]: want a fp32, bf16 or fp16 tensor, got {describe(t)}")
         if t.device != target[0].device:
             raise ValueError(f"target[{i}]: want it on {target[0].device} as target[0], got {describe(t)}")
-        if s.shape != t.shape or s.device != t.device or s.dtype not in DTYPES:
+        if s.shape != t.shape or s.device != t.device or s.dtype not in FLOATS:
             raise ValueError(
                 f"source[{i}]: want a fp32, bf16 or fp16 tensor {list(t.shape)} on {t.device} as target[{i}], "
                 f"got {describe(s)}"

@@ -19,10 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import Packed, check_packed, describe
+from .packed import Packed, check_packed, check_tensor, describe
 from .shipped import Shipped
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("smooth_l1", "l2")
 SUM = 2  # the reduction's number in ATen
 # D rounded up to a power of two -> rows a program, warps: 32 elements a thread, so that many loads are in flight.
@@ -353,11 +352,10 @@ def smooth_l1_loss(
 
     Returns a scalar in fp32; arithmetic is fp32 throughout. Raises ValueError.
     """
-    for name, x, shape in (("pred", pred, "[T, D]"), ("target", target, "[B, N, D]")):
-        if not isinstance(x, Tensor) or x.ndim != shape.count(",") + 1 or x.dtype not in DTYPES:
-            raise ValueError(f"{name}: want a fp32, bf16 or fp16 {shape} tensor, got {describe(x)}")
-    if target.device != pred.device or target.shape[2] != pred.shape[1]:
-        raise ValueError(f"target: want [B, N, {pred.shape[1]}] on {pred.device} as pred, got {describe(target)}")
+    check_tensor("pred", pred, "T, D")
+    check_tensor("target", target, "B, N, D", device=pred.device)
+    if target.shape[2] != pred.shape[1]:
+        raise ValueError(f"target: want D = {pred.shape[1]} as pred has columns, got {describe(target)}")
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError("target: want a tensor that requires no gradient, as under torch.no_grad(), got one that does")
     check_packed(packed, pred.device, target.shape[1], target.shape[0])
