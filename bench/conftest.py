@@ -163,7 +163,7 @@ class Bench:
 
     def __init__(self, session: Session, item, benchmark):
         self.session, self.item, self.benchmark = session, item, benchmark
-        self.device, self.quick = session.device, session.config.getoption("quick")
+        self.device, self.ceilings = session.device, session.ceilings
         self.released = session.config.getoption("released")
 
     def __call__(self, build, how=measure) -> None:

@@ -1,7 +1,7 @@
 """One I-JEPA step by each provider, on shared weights and one batch, with marks between its parts.
 
-All providers' modules hold the very same weight tensors, so that the weights of four ViT-g fit one GPU and every gate
-is taken at one point; gradients and optimizer states are each provider's own. Parts end where the target encoder, the
+All providers' modules hold the very same weight tensors, and their optimizers the same moments, so that four ViT-g fit
+one GPU and every gate is taken at one point; gradients are each provider's own. Parts end where the target encoder, the
 context encoder, the loss, the backward pass and the update end. To the baselines the pixels come normalised, as from
 the released loader; ours normalises inside its step.
 """
@@ -67,8 +67,9 @@ class Provider:
     def __init__(self, setup: Setup):
         self.setup, self.marks = setup, Marks(setup.device)
 
-    def watch(self) -> None:
-        """Mark the ends of the two encoders' forward passes."""
+    def ready(self) -> None:
+        """Share the optimizer's moments, and mark the ends of the two encoders' forward passes."""
+        self.setup.share_moments(self.optimizer, encoder=self.encoder, predictor=self.predictor)
         self.target_encoder.register_forward_hook(lambda *_: self.marks("target"))
         self.encoder.register_forward_hook(lambda *_: self.marks("context"))
 
@@ -131,7 +132,7 @@ class Ours(Provider):
             group["lr"], group["weight_decay"] = LR, WEIGHT_DECAY if group["decay"] else 0.0
         pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
         self.pairs = [list(side) for side in zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True)]
-        self.watch()
+        self.ready()
 
     def loss(self) -> Tensor:
         return ijepa_loss(self.encoder, self.predictor, self.target_encoder, self.setup.images, self.setup.masks)
@@ -152,7 +153,7 @@ class Straight(Provider):
         super().__init__(setup)
         self.encoder, self.predictor, self.target_encoder = setup.straight()
         self.optimizer = straight_optimizer(self.encoder, self.predictor, LR, WEIGHT_DECAY)
-        self.watch()
+        self.ready()
 
     def loss(self) -> Tensor:
         modules, setup = (self.encoder, self.predictor, self.target_encoder), self.setup
@@ -169,14 +170,15 @@ class Tuned(Provider):
         need_rectangles(setup)
         super().__init__(setup)
         encoder, predictor = setup.sizes()
-        modules = setup.share(TunedEncoder(**encoder), TunedPredictor(**predictor), TunedEncoder(**encoder))
-        self.encoder, self.predictor, self.target_encoder = modules
+        with torch.device("meta"):
+            modules = TunedEncoder(**encoder), TunedPredictor(**predictor), TunedEncoder(**encoder)
+        self.encoder, self.predictor, self.target_encoder = setup.share(*modules)
         if compiled:
             compile_blocks(*modules)
         groups = straight_optimizer(self.encoder, self.predictor, LR, WEIGHT_DECAY).param_groups
         groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]
         self.optimizer = torch.optim.AdamW(groups, lr=LR, fused=True)
-        self.watch()
+        self.ready()
 
     def loss(self) -> Tensor:
         modules, setup = (self.encoder, self.predictor, self.target_encoder), self.setup
@@ -210,17 +212,18 @@ class Released(Provider):
             build = getattr(vision_transformer, model.encoder)
             return build(patch_size=model.patch_size, img_size=[IMAGE_SIZE])
 
-        modules = (
-            encoder(),
-            vision_transformer.vit_predictor(
-                num_patches=model.grid**2,
-                embed_dim=size.dim,
-                predictor_embed_dim=predictor.dim,
-                depth=predictor.depth,
-                num_heads=predictor.num_heads,
-            ),
-            encoder(),
-        )
+        with setup.device:  # it reads values while it builds, so not on meta
+            modules = (
+                encoder(),
+                vision_transformer.vit_predictor(
+                    num_patches=model.grid**2,
+                    embed_dim=size.dim,
+                    predictor_embed_dim=predictor.dim,
+                    depth=predictor.depth,
+                    num_heads=predictor.num_heads,
+                ),
+                encoder(),
+            )
         self.encoder, self.predictor, self.target_encoder = setup.share(*modules)
         self.optimizer = straight_optimizer(self.encoder, self.predictor, LR, WEIGHT_DECAY)
         self.scaler = None
@@ -228,7 +231,7 @@ class Released(Provider):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
                 self.scaler = torch.cuda.amp.GradScaler()
-        self.watch()
+        self.ready()
 
     def loss(self) -> Tensor:
         setup = self.setup

@@ -13,8 +13,10 @@ from bench.providers import PROVIDERS
 from bench.step_gate import Gate
 from bench.workload import MODELS, Setup
 
-GPU_ONLY = [pytest.param(name, marks=pytest.mark.gpu_only) for name, model in MODELS.items() if model.cpu_batch is None]
-ON_CPU = [pytest.param("S16", marks=pytest.mark.quick), "B16"]
+MODEL = [
+    pytest.param(name, marks=[pytest.mark.gpu_only] * (MODELS[name].cpu_batch is None))
+    for name in ("H14", "B16", "g16", "S16", "L16")
+]
 
 
 def memory_case(model: str, collate: str, bench) -> Case:
@@ -37,6 +39,6 @@ def memory_case(model: str, collate: str, bench) -> Case:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("collate", ["truncate", "ragged"])
-@pytest.mark.parametrize("model", [*ON_CPU, *GPU_ONLY])
+@pytest.mark.parametrize("model", MODEL)
 def test_bench_memory(bench, model, collate, provider):
     bench(lambda: memory_case(model, collate, bench), observe)

@@ -82,7 +82,7 @@ class Targets:
         packed = draw_masks(model.grid, self.batch, "truncate").target
         self.masks = [mask.to(device) for mask in rectangular(packed, self.batch)]
         self.packed = Packed.from_masks(self.masks, self.patches)  # mask-major, as the eager form's rows
-        self.tokens = len(self.packed.indices)
+        self.tokens, self.rows = len(self.packed.indices), self.packed.rows(self.patches)
         self.shapes = {"B": self.batch, "N": self.patches, "D": self.dim, "T": self.tokens}
         self.device = device
 
@@ -99,7 +99,8 @@ class Targets:
         return torch.cat([x.gather(1, m.unsqueeze(-1).repeat(1, 1, self.dim)) for m in self.masks]).flatten(0, 1)
 
     def select(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1).index_select(0, self.packed.rows(self.patches))
+        """By row numbers that are there already: ours finds them itself, from the masks."""
+        return x.flatten(0, 1).index_select(0, self.rows)
 
 
 def compiled(function, device: torch.device):

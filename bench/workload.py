@@ -106,6 +106,7 @@ class Setup:
             self.contexts, self.targets = ([m.to(device) for m in rectangular(p, self.batch)] for p in packed)
         self.masks = masks_to(masks, device)
         self.images, self.floats = draw_images(self.batch, device)
+        self.moments: dict[str, tuple[Tensor, Tensor]] = {}  # AdamW's, by parameter
 
     def build_ours(self, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
         size = {"image_size": IMAGE_SIZE, "patch_size": self.model.patch_size}
@@ -120,6 +121,19 @@ class Setup:
         target_encoder.requires_grad_(False)
         return encoder, predictor, target_encoder
 
+    def share_moments(self, optimizer: torch.optim.AdamW, **modules: nn.Module) -> None:
+        """Give AdamW its state: moments that all providers share, as they share weights, and a counter of its own."""
+        fused = optimizer.defaults["fused"]
+        for role, module in modules.items():
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    key = f"{role}.{name}"
+                    if key not in self.moments:
+                        self.moments[key] = torch.zeros_like(p.data), torch.zeros_like(p.data)
+                    first, second = self.moments[key]
+                    step = torch.zeros((), device=p.device if fused else "cpu")  # where AdamW itself would put it
+                    optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+
     def sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Keyword arguments of the baselines' encoder and predictor."""
         patches = {"num_patches": self.model.grid**2}
@@ -131,7 +145,9 @@ class Setup:
     def straight(self) -> tuple[nn.Module, ...]:
         """The plain modules, on the shared weights."""
         encoder, predictor = self.sizes()
-        return self.share(StraightEncoder(**encoder), StraightPredictor(**predictor), StraightEncoder(**encoder))
+        with torch.device("meta"):  # weights of their own would only take time
+            modules = StraightEncoder(**encoder), StraightPredictor(**predictor), StraightEncoder(**encoder)
+        return self.share(*modules)
 
     def flops(self) -> StepFlops:
         return step_flops(

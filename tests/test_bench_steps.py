@@ -99,6 +99,13 @@ def test_weights_are_shared_and_state_is_counted_once():
     assert ours.persistent_bytes() == 4 * (3 * trained + frozen + steps) + batch
 
 
+def test_the_released_code_runs_from_a_checkout_only(tmp_path):
+    with pytest.raises(NotRun, match="needs --released"):
+        PROVIDERS["released"](Setup(TINY, "truncate", CPU))
+    with pytest.raises(NotRun, match="no checkout"):
+        PROVIDERS["released"](Setup(TINY, "truncate", CPU, tmp_path))
+
+
 def test_peak_of_a_call_is_the_most_it_holds_at_once():
     megabyte = 1 << 20
 
