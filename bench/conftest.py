@@ -38,6 +38,7 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=cores(), help="torch's own threads (default: the machine's cores)")
     group.addoption("--record", type=Path, metavar="FILE", help="write every row into this JSON file")
     group.addoption("--again", action="store_true", help="the rows are a second run of those in --record: compare")
+    group.addoption("--profile", action="store_true", help="add to every step's row where its time goes, op by op")
     group.addoption("--budget", type=float, metavar="S", help="start no further case after this many seconds")
 
 
@@ -164,7 +165,7 @@ class Bench:
     def __init__(self, session: Session, item, benchmark):
         self.session, self.item, self.benchmark = session, item, benchmark
         self.device, self.ceilings = session.device, session.ceilings
-        self.released = session.config.getoption("released")
+        self.released, self.profile = (session.config.getoption(name) for name in ("released", "profile"))
 
     def __call__(self, build, how=measure) -> None:
         suite, op, name, provider = identity(self.item)

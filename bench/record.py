@@ -38,13 +38,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="the marked cases only, fewer samples")
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
+    parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
     parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
     args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit().removesuffix('+')}.json"
     path = args.out.resolve() / folder_name(device_name(device)) / name
-    options = ["--quick"] * args.quick + (["--released", str(args.released.resolve())] if args.released else [])
+    options = ["--quick"] * args.quick + ["--profile"] * args.profile
+    options += (["--released", str(args.released.resolve())] if args.released else [])
     failed = False
     for part in PARTS if args.part == "all" else [args.part]:
         for again in (False, True)[: 1 + args.twice]:

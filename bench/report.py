@@ -134,6 +134,11 @@ def step_table(rows: list[Row]) -> list[str]:
             for row in whole
         ]
         lines += ["", *table(("case", "provider", *parts), cells)]
+    for row in whole:
+        if "profile" in row:
+            cells = [(op["name"], op["calls"], f"{op['ms']:.2f}", f"{op['percent']:.1f}") for op in row["profile"]]
+            lines += ["", f"Profile of {row['case']} {row['provider']}:", ""]
+            lines += table(("op", "calls", "ms", "%"), cells)
     others = [row for row in rows if row["status"] == "timed" and "parts" not in row]
     return [*lines, "", *timed_table(others)] if others else lines
 

@@ -12,6 +12,7 @@ import torch
 from bench.compare import Case, Variant
 from bench.machine import cores
 from bench.photographs import write_folder
+from bench.profiles import top_ops
 from bench.providers import PROVIDERS, Ours
 from bench.step_gate import Gate
 from bench.workload import IMAGE_SIZE, MODELS, Setup
@@ -48,11 +49,12 @@ def step_case(model: str, collate: str, bench) -> Case:
             gate(providers[name])
 
         def info(timing) -> dict:
-            return {
+            fields = {
                 "images_per_s": setup.batch / timing.median,
                 "tokens_per_s": setup.tokens() / timing.median,
                 "parts": providers[name].marks.seconds(last=len(timing.samples)),
             }
+            return fields | ({"profile": top_ops(providers[name].step, setup.device)} if bench.profile else {})
 
         return Variant(lambda: providers[name].step, gate=prove, graph=False, info=info)
 

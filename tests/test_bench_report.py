@@ -24,11 +24,12 @@ def row(suite, op, case, provider, median=None, status="timed", **fields):
 def rows(scale=1.0):
     step = {"shapes": {"batch": 16, "collate": "truncate"}, "parts": PARTS, "share": 0.5, "bound": "matmul"}
     speed = {"images_per_s": 16.0, "tokens_per_s": 1600.0}
+    profile = [{"name": "aten::mm", "calls": 3, "ms": 800.0, "percent": 80.0}]
     ratio = {"ours_is": {"median": 1.25, "p10": 1.2, "p90": 1.3}}
     copy = {"bytes": 1000, "flops": None, "floor_s": 1e-3, "bound": "copy", "share": 0.5}
     products = {"bytes": 100, "flops": 1e6, "floor_s": 5e-4, "bound": "matmul", "share": 0.5}
     return [
-        row("step", "step", "S16-truncate", "ours", 1.0 * scale, **step, **speed),
+        row("step", "step", "S16-truncate", "ours", 1.0 * scale, **step, **speed, profile=profile),
         row("step", "step", "S16-truncate", "straight", 1.25, **step, **speed, **ratio),
         row("step", "step", "H14-truncate", "ours", status="not run: GPU only"),
         row("memory", "memory", "S16-truncate", "ours", 1.0, "observed", peak_bytes=3 << 20, persistent_bytes=1 << 20),
@@ -59,6 +60,7 @@ def test_the_report_says_what_the_record_says(results, tmp_path):
     assert "| S16-truncate | ours | 3 MiB | 1 MiB |" in text
     assert "| ema | B16 | eager | 4 ms (3.6 ms to 4.4 ms) |  | 50% copy |  |" in text
     assert "us/image 7.8" in text
+    assert "| aten::mm | 3 | 800.00 | 80.0 |" in text
     assert "- not run: GPU only: step[H14-truncate] ours" in text
     assert "- gate red: it is wrong: loss[B16] ours" in text
     assert "first record of this device" in text

@@ -7,6 +7,7 @@ import torch
 
 from bench.compare import NotRun
 from bench.memory import highest, peak_bytes
+from bench.profiles import top_ops
 from bench.providers import PARTS, PROVIDERS, Ours, Straight, Tuned
 from bench.step_gate import Gate
 from bench.workload import MODELS, Model, Setup, draw_masks, rectangular
@@ -119,6 +120,14 @@ def test_peak_of_a_call_is_the_most_it_holds_at_once():
     peak = peak_bytes(call, CPU)
     assert 9 * megabyte <= peak < 9.1 * megabyte
     assert highest([3, 5, -3, 4, -9, 1]) == 9
+
+
+def test_a_profile_names_what_takes_the_time():
+    a = torch.ones(256, 256)
+    (top, *_) = top_ops(lambda: [a @ a for _ in range(20)], CPU)
+    assert top["name"] == "aten::mm"
+    assert top["calls"] == 20
+    assert 50 < top["percent"] <= 100
 
 
 def test_median_masks_are_rectangular_only_where_truncated():
