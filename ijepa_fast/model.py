@@ -6,13 +6,14 @@ Image is Worth 16x16 Words" (arXiv 2010.11929), without a class token, as I-JEPA
 biases everywhere, layer norm with eps 1e-6, no dropout, frozen sin-cos positions. Parameters carry timm's names.
 """
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from ijepa_kernels import Packed, embed_patches, predictor_tokens, varlen_attention
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -70,7 +71,7 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, compute_dtype)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
-        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         y = varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
         return self.proj(y if rows is None else y.index_select(0, rows))
 
@@ -95,19 +96,33 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, compute_dtype)
         self.checkpointing = "none"  # "full" keeps the block's input for the backward, "selective" its costly results
+        self._compiled: Callable[..., Tensor] | None = None
+
+    def compile(self) -> None:
+        """Compile what `forward` computes: one graph for all blocks of a shape, whatever the number of tokens.
+
+        Not the call of the module: the hooks by which FSDP gathers the parameters stay outside.
+        """
+        self._compiled = torch.compile(self._checkpointed, fullgraph=True, dynamic=False)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
         """The new stream of x `[T, D]`, in x's dtype; with `rows` (int64 `[R]`, distinct) only those rows, `[R, D]`.
 
         Every row is attended to either way: what the other rows are spared is the projection and the MLP.
         """
+        if self._compiled is None:
+            return self._checkpointed(x, cu_seqlens, max_seqlen, rows)
+        for varying in (x, cu_seqlens) if rows is None else (x, cu_seqlens, rows):
+            torch._dynamo.maybe_mark_dynamic(varying, 0)  # lengths are symbols to the compiler, widths are numbers
+        return self._compiled(x, cu_seqlens, max_seqlen, rows)
+
+    def _checkpointed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x, cu_seqlens, max_seqlen, rows)
-        contexts = _keep_costly if self.checkpointing == "selective" else noop_context_fn
+        keep = {"context_fn": _keep_costly} if self.checkpointing == "selective" else {}
         return checkpoint(
-            self._forward, x, cu_seqlens, max_seqlen, rows,
-            use_reentrant=False, context_fn=contexts, preserve_rng_state=False,
-        )  # fmt: skip
+            self._forward, x, cu_seqlens, max_seqlen, rows, use_reentrant=False, preserve_rng_state=False, **keep
+        )
 
     def _forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
         y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
@@ -120,7 +135,7 @@ class Block(nn.Module):
 
 def _keep_costly():
     """Selective checkpointing: results of matrix products and attention are kept, norms, GELU and casts made again."""
-    costly = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.ijepa.attention.default]
+    costly = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.ijepa.varlen_attention.default]
     return create_selective_checkpoint_contexts(costly)
 
 

@@ -81,19 +81,22 @@ class World:
         for block in blocks:
             block.checkpointing = config.parallel.checkpointing if trained else "none"
             if config.parallel.compile:
-                # The number of tokens changes with every batch; as a symbol it costs one graph, as a number each time.
-                block.compile(fullgraph=True, dynamic=True)
+                block.compile()
         if self.mesh is None:
             return
-        # Matrices travel in the dtype that the blocks cast them to anyway. What is applied in fp32 under every strategy
-        # travels in fp32: the norms, one group gathered once, and what is left at the root, positions among it.
-        low = MixedPrecisionPolicy(param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32)
-        norms = [part for part in model.modules() if isinstance(part, LayerNorm)]
-        fully_shard(norms, mesh=self.mesh, reshard_after_forward=True)
-        for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=low, reshard_after_forward=True)
+        # Matrices travel in the dtype that the blocks cast them to anyway; what is applied in fp32 under every strategy
+        # travels in fp32: norms and positions, gathered once for the whole model with all that is no block's. The root
+        # comes first, to take the norms out of the blocks: a group of their own would put hooks inside the blocks. FSDP
+        # casts no input: a block's is the residual stream.
+        low = MixedPrecisionPolicy(
+            param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        matrices = {p for block in blocks for p in block.parameters()} - _norm_parameters(model)
         # Resharded at the root too: a forward without backward (targets, probes) would leave it whole.
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True)
+        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, ignored_params=matrices)
+        norms = _norm_parameters(model)  # others than before: shards
+        for block in blocks:
+            fully_shard(block, mesh=self.mesh, mp_policy=low, reshard_after_forward=True, ignored_params=norms)
         for before, after in itertools.pairwise(blocks):
             before.set_modules_to_forward_prefetch([after])
             after.set_modules_to_backward_prefetch([before])
@@ -130,6 +133,10 @@ class World:
                     model.set_requires_gradient_sync(False)
                     stack.callback(model.set_requires_gradient_sync, True)
             yield
+
+
+def _norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return {p for part in model.modules() if isinstance(part, LayerNorm) for p in part.parameters()}
 
 
 def local(x: Tensor) -> Tensor:
