@@ -72,6 +72,13 @@ def test_reference_draws_block_sizes_with_the_released_probabilities(grid):
         assert_frequencies(found, {size: count / len(draws) for size, count in exact.items()})
 
 
+def test_reference_draws_context_sizes_independently_of_target_sizes():
+    config, steps = MaskConfig(allow_overlap=True, collate="ragged", context_scale=(0.3, 1.0)), 1000
+    masks = MultiBlockMasks(config, 16, seed=18, global_batch=1)
+    areas = [[lengths(packed)[0] for packed in masks.sample(step, 0, 1)[:2]] for step in range(steps)]
+    assert abs(np.corrcoef(areas, rowvar=False)[0, 1]) < SIGMAS / math.sqrt(steps)
+
+
 def test_reference_places_blocks_uniformly_off_the_last_row_and_column():
     grid, side = 8, 3  # 0.15 of 64 patches: 9
     config = MaskConfig(target_scale=(0.15, 0.15), target_aspect=(1.0, 1.0), min_keep=0, collate="ragged")
