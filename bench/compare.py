@@ -58,13 +58,13 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
     device = torch.device("cpu") if case.host else ceilings.device
     matmul = case.flops / ceilings.matmul_rate(*case.block, case.dtype) if case.flops and case.block else None
     # All are proven before the first is warmed up: the providers of a step share their weights, and a step moves them.
-    calls, outcomes = _each(case.variants, lambda name, variant: prove(name, case, variant))
+    calls, outcomes = attempt(case.variants, lambda name, variant: prove(name, case, variant))
 
     def sampler(name: str, call: Call) -> Sampler:
         variant = case.variants[name]
         return build_sampler(variant.make, device, first=call, nbytes=case.nbytes or 0, graph=variant.graph)
 
-    samplers, failed = _each(calls, sampler)
+    samplers, failed = attempt(calls, sampler)
     outcomes |= failed
     if not samplers:
         return outcomes
@@ -96,7 +96,7 @@ def ratio(other: Timing, ours: Timing) -> dict[str, float]:
 
 def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
     """One variant after another: `make()` itself proves, observes and returns a row's fields; `pace` plays no part."""
-    seen, outcomes = _each(case.variants, lambda _, variant: variant.make())
+    seen, outcomes = attempt(case.variants, lambda _, variant: variant.make())
     for name, fields in seen.items():
         timing = Timing("wall", None, [fields["seconds"]["median"]])
         outcomes[name] = Outcome({"status": "observed", **fields}, timing)
@@ -115,7 +115,7 @@ def prove(name: str, case: Case, variant: Variant) -> Call:
     return call
 
 
-def _each(items: dict[str, Any], do: Callable[[str, Any], Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
+def attempt(items: dict[str, Any], do: Callable[[str, Any], Any]) -> tuple[dict[str, Any], dict[str, Outcome]]:
     """`do` of every item: the results of those that succeed, and what to report of the others."""
     done, failed = {}, {}
     for name, item in items.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compare import Case, NotRun, Outcome, measure
+from bench.compare import Case, Outcome, attempt, measure
 from bench.machine import Ceilings, cores, describe, settle
 from bench.rows import Record, table
 
@@ -104,7 +104,7 @@ class Session:
         self.pace = QUICK_PACE if config.getoption("quick") else 1.0
         self.ceilings = Ceilings(self.device)
         self.rows: list[dict] = []
-        self.measured: tuple[str, dict[str, Outcome], Case] | None = None  # the last case
+        self.measured: tuple[str, dict[str, Outcome], Case | Outcome] | None = None  # the last case
         self.started = None
         path = config.getoption("record")
         self.record = Record(path, again=config.getoption("again")) if path else None
@@ -175,17 +175,19 @@ class Bench:
             session.measured = None  # frees the last case's tensors before this one's are made
             if session.out_of_time():
                 self._skip("out of time")
-            try:
-                case = build()
-            except NotRun as reason:
-                self._skip(str(reason))
-            session.measured = key, how(case, session.ceilings, pace=session.pace), case
-            case.variants = {}
+            built, failed = attempt({"case": build}, lambda _, build: build())
+            if failed:  # the case itself cannot be made: so it is for every provider
+                session.measured = key, {}, failed["case"]
+            else:
+                case = built["case"]
+                session.measured = key, how(case, session.ceilings, pace=session.pace), case
+                case.variants = {}
         _, outcomes, case = session.measured
-        outcome = outcomes[provider]
-        about = {"shapes": case.shapes, "dtype": str(case.dtype).removeprefix("torch.")}
-        fields = {**about, "bytes": case.nbytes, "flops": case.flops, **case.info, **outcome.fields}
-        self.report(key, fields, outcome.timing.samples if outcome.timing else [], outcome.error)
+        outcome, about = outcomes.get(provider, case), {}
+        if isinstance(case, Case):
+            about = {"shapes": case.shapes, "dtype": str(case.dtype).removeprefix("torch.")}
+            about |= {"bytes": case.nbytes, "flops": case.flops, **case.info}
+        self.report(key, {**about, **outcome.fields}, outcome.timing.samples if outcome.timing else [], outcome.error)
 
     def report(self, group: str, fields: dict, samples: list[float], error: BaseException | None = None) -> None:
         """Record a row and give pytest-benchmark its samples; without any, skip the item or fail it with `error`."""

@@ -177,6 +177,13 @@ def case():
     variants = {"ours": Variant(lambda: lambda: 1), "bad": Variant(lambda: lambda: 2), "absent": Variant(absent)}
     return Case(variants, {"n": 3}, torch.float32, check=one, seconds=0.0)
 
+def broken():
+    raise RuntimeError("no data")
+
+@pytest.mark.quick
+def test_bench_broken(bench):
+    bench(broken)
+
 @pytest.mark.parametrize("provider", ["ours", "bad", "absent"])
 @pytest.mark.parametrize("size", [pytest.param("small", marks=pytest.mark.quick), "middle",
                                   pytest.param("large", marks=pytest.mark.gpu_only)])
@@ -193,7 +200,8 @@ def test_every_item_leaves_a_row(tmp_path):
     run = subprocess.run([*command, "--benchmark-only", *options], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout + run.stderr
     record = json.loads(out.read_text())
-    status = {(r["case"], r["provider"]): r["status"] for r in record["rows"]}
+    assert [r["status"] for r in record["rows"] if r["op"] == "broken"] == ["error: no data"]
+    status = {(r["case"], r["provider"]): r["status"] for r in record["rows"] if r["op"] == "sum"}
     assert status == {
         ("small", "ours"): "timed",
         ("small", "bad"): "gate red: wrong",
@@ -205,5 +213,5 @@ def test_every_item_leaves_a_row(tmp_path):
     assert record["sessions"][0]["commit"]
     timed = next(r for r in record["rows"] if r["status"] == "timed")
     assert timed["seconds"]["rounds"] >= 3
-    assert "1 failed, 1 passed, 7 skipped" in run.stdout
+    assert "2 failed, 1 passed, 7 skipped" in run.stdout
     assert "sum: GPU only: large ours, large bad, large absent" in run.stdout
