@@ -135,6 +135,9 @@ def check_packed(
     check_tensor(f"{name}.indices", indices, "T", (torch.int32,), device)
     check_tensor(f"{name}.image", image, "S", (torch.int32,), device)
     check_tensor(f"{name}.cu_seqlens", cu_seqlens, "S+1", (torch.int32,), device)
+    for field, value in zip(Packed._fields, packed[:3], strict=False):
+        if not value.is_contiguous():
+            raise ValueError(f"{name}.{field}: want a contiguous tensor, got strides {list(value.stride())}")
     if cu_seqlens.shape[0] != image.shape[0] + 1:
         raise ValueError(
             f"{name}.cu_seqlens: want one entry more than image has sequences, "

@@ -376,7 +376,7 @@ def _check(
     else:
         check_tensor("images", images, "B, C, H, W")
         _, channels, height, width = images.shape
-    if images.requires_grad:
+    if images.requires_grad and torch.is_grad_enabled():
         raise ValueError("images: want a tensor that requires no gradient, these ops have none for it")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: want float32, bfloat16 or float16, got {dtype}")

@@ -249,7 +249,7 @@ def _launch_forward(
                 pos_embed.contiguous(),
                 *context_packed[:2],
                 *target_packed[:2],
-                context_of.int(),
+                context_of.int().contiguous(),
                 cu_seqlens,
                 tokens,
                 mask_rows,

@@ -37,6 +37,16 @@ def guarded_outputs(monkeypatch):
             assert (band.isnan() if buffer.is_floating_point() else band == 77).all()
 
 
+@contextlib.contextmanager
+def forbidden_sync():
+    """Whatever makes the host wait for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def assert_compiles_once(step, inputs):
     """`step(*args)` for each `args` of `inputs`: the compiled result and gradients equal eager ones, from one graph."""
     torch._dynamo.reset()

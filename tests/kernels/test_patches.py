@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed, embed_patches, gather_patches
 from ijepa_kernels import patches as op
-from op_proofs import assert_compiles_once, guarded_outputs, store_error
+from op_proofs import assert_compiles_once, forbidden_sync, guarded_outputs, store_error
 from packed_samples import random_packed
 
 
@@ -53,12 +53,13 @@ def test_patches(device, patch_size, kind, dtype):
     torch.testing.assert_close(out.double(), want, rtol=store_error(dtype), atol=FP32)
 
 
-@pytest.mark.parametrize("patch_size", [14, 16])
-def test_rows_are_stored_padded_with_zeros(device, patch_size):
-    images = random_images(1, 2 * patch_size, 2 * patch_size, torch.uint8, device=device)
-    out = gather_patches(images, Packed.dense(1, 4, device), patch_size=patch_size, dtype=torch.bfloat16)
-    columns = 3 * patch_size**2
-    width = {588: 592, 768: 768}[columns]
+@pytest.mark.parametrize(("patch_size", "channels", "width"), [(14, 3, 592), (16, 3, 768), (5, 4, 104), (5, 1, 32)])
+def test_rows_are_stored_padded_with_zeros(device, patch_size, channels, width, monkeypatch):
+    images = random_images(1, 2 * patch_size, 2 * patch_size, torch.uint8, device=device, channels=channels)
+    norm = {"mean": IMAGENET_MEAN[:1] * channels, "std": IMAGENET_STD[:1] * channels, "dtype": torch.bfloat16}
+    with guarded_outputs(monkeypatch):
+        out = gather_patches(images, Packed.dense(1, 4, device), patch_size=patch_size, **norm)
+    columns = channels * patch_size**2
     assert out.stride() == (width, 1)
     stored = out.as_strided((4, width), (width, 1))
     assert torch.equal(stored[:, columns:], torch.zeros(4, width - columns, dtype=torch.bfloat16, device=device))
@@ -203,6 +204,14 @@ def test_compiles_to_one_graph_over_changing_token_counts(device):
     # No count equals another size of the step: the compiler would take the two for one.
     packs = [random_packed(lengths, 12, 2, device=device) for lengths in ([5, 0, 6], [9, 2, 3], [1, 11, 12])]
     assert_compiles_once(step, [(images, *leaves, packed) for packed in packs])
+
+
+@pytest.mark.gpu
+def test_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setenv("IJEPA_KERNELS", "triton")
+    images, packed, *leaves = inputs("cuda")
+    with forbidden_sync():
+        embed_patches(images, packed, *leaves, patch_size=4).sum().backward()
 
 
 @pytest.mark.gpu

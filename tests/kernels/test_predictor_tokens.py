@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import Packed, predictor_tokens
 from ijepa_kernels import predictor as op
-from op_proofs import assert_compiles_once, guarded_outputs, store_error
+from op_proofs import assert_compiles_once, forbidden_sync, guarded_outputs, store_error
 from packed_samples import random_packed
 
 
@@ -156,6 +156,15 @@ def test_compiles_to_one_graph_over_changing_token_counts(device, matched):
         leaves, *packs = sample(lengths, [2, lengths[1], 6, lengths[0]], [0, 1, 1, 0], 24, device=device)
         inputs.append((*leaves, *packs))
     assert_compiles_once(step, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("matched", [False, True])
+def test_never_waits_for_the_device(matched, monkeypatch):
+    monkeypatch.setenv("IJEPA_KERNELS", "triton")
+    leaves, *packs, context_of = sample([3, 5], [2, 4, 1, 3], [0, 1] * 2, 24, device="cuda")
+    with forbidden_sync():
+        predictor_tokens(*leaves, *packs, None if matched else context_of)[0].sum().backward()
 
 
 @pytest.mark.gpu

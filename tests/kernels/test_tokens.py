@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import Packed, apply_masks, gather_tokens
 from ijepa_kernels import tokens as op
-from op_proofs import assert_compiles_once, guarded_outputs
+from op_proofs import assert_compiles_once, forbidden_sync, guarded_outputs
 from packed_samples import random_packed
 
 
@@ -103,6 +103,23 @@ def test_compiles_to_one_graph_over_changing_token_counts(device):
 
 
 @pytest.mark.gpu
+def test_never_waits_for_the_device(monkeypatch):
+    monkeypatch.setenv("IJEPA_KERNELS", "triton")
+    packed = random_packed([5, 0, 7], 16, 2, device="cuda")
+    x = torch.randn(2, 16, 24, device="cuda", requires_grad=True)
+    with forbidden_sync():
+        gather_tokens(x, packed).sum().backward()
+
+
+@pytest.mark.gpu
+def test_values_on_the_device_are_checked_on_request(monkeypatch):
+    monkeypatch.setenv("IJEPA_KERNELS_CHECK", "1")
+    packed = Packed.dense(2, 17, "cuda")
+    with pytest.raises(ValueError, match=r"packed.indices: want patches in \[0, 15\], got 0 to 16"):
+        gather_tokens(torch.randn(2, 16, 24, device="cuda"), packed)
+
+
+@pytest.mark.gpu
 def test_beyond_2_to_the_31_elements(monkeypatch):
     """The last image's rows lie beyond 2^31 elements, in x, in the output and in the gradient."""
     monkeypatch.setenv("IJEPA_KERNELS", "triton")
@@ -152,6 +169,7 @@ def test_apply_masks_of_several_lengths_comes_as_a_list():
         ({"indices": torch.tensor([0, 1, 5])}, "packed.indices: want a int32 .* got int64"),
         ({"image": torch.tensor([0, 2], dtype=torch.int32)}, r"packed.image: want images in \[0, 1\], got 0 to 2"),
         ({"image": torch.tensor([0], dtype=torch.int32)}, "packed.cu_seqlens: want one entry more .* 2, got 3"),
+        ({"image": torch.zeros(1, dtype=torch.int32).expand(2)}, "packed.image: want a contiguous tensor"),
         ({"cu_seqlens": torch.tensor([0, 4, 3], dtype=torch.int32)}, "packed.cu_seqlens: want lengths .* got -1 to 4"),
         ({"cu_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32)}, "want it to go from 0 to 3, .* 0 to 2"),
     ],
