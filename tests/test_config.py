@@ -130,6 +130,7 @@ def test_malformed_override(override, tmp_path):
         ("data.crop_size", "data.crop_scale"),
         ("train.lr", "optim.lr"),  # the right key in the wrong section
         ("optim.seed", "train.seed"),
+        ("optim.lr.x", "optim.lr"),  # a key is one word
         ("optimizer.lr", "optim"),
     ],
 )

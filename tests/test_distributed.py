@@ -36,7 +36,7 @@ with parallel.start(runs[0][0]) as world:
 
 def torchrun(*command: str) -> str:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=500)
+    done = subprocess.run([*launcher, *command], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -70,6 +70,32 @@ def test_becomes_the_recipe_of_its_name(recipe, write):
     assert config.train.folder == Path("/logs/run")
 
 
+def test_every_value_arrives(write):
+    """Ours are other defaults than these, so a key that went elsewhere would show."""
+    content = {
+        "meta": {"model_name": "vit_small", "pred_depth": 3, "pred_emb_dim": 192},
+        "data": {"root_path": "a", "image_folder": "b", "batch_size": 64, "crop_size": 240, "crop_scale": [0.4, 0.9],
+                 "num_workers": 3},
+        "mask": {"patch_size": 8, "num_enc_masks": 2, "enc_mask_scale": [0.7, 0.8], "num_pred_masks": 5,
+                 "pred_mask_scale": [0.1, 0.3], "aspect_ratio": [0.5, 2.0], "min_keep": 7, "allow_overlap": True},
+        "optimization": {"epochs": 9, "warmup": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.3, "weight_decay": 0.5,
+                         "final_weight_decay": 0.6, "ema": [0.7, 0.8], "ipe_scale": 1.25},
+        "logging": {"folder": "c"},
+    }  # fmt: skip
+    config = load_config(write(content))[0]
+    expected = {
+        "model": {"name": "vit_small", "patch_size": 8, "predictor_depth": 3, "predictor_dim": 192},
+        "data": {"root": Path("a/b/train"), "image_size": 240, "crop_scale": (0.4, 0.9), "threads": 3},
+        "mask": {"group": 64, "num_contexts": 2, "context_scale": (0.7, 0.8), "num_targets": 5, "min_keep": 7,
+                 "target_scale": (0.1, 0.3), "target_aspect": (0.5, 2.0), "allow_overlap": True},
+        "optim": {"micro_batch": 64, "epochs": 9, "warmup_epochs": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.3,
+                  "weight_decay": 0.5, "final_weight_decay": 0.6, "momentum": (0.7, 0.8), "schedule_stretch": 1.25},
+        "train": {"folder": Path("c")},
+    }  # fmt: skip
+    for section, values in expected.items():
+        assert values == {key: getattr(getattr(config, section), key) for key in values}
+
+
 def test_every_key_of_the_file_is_accounted_for(write):
     content = RELEASED["vitg16_in22k"]
     _, notes = load_config(write(content))

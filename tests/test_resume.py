@@ -21,7 +21,7 @@ from ijepa_fast.stop import StopSignal
 from ijepa_fast.train import main
 
 STEPS = 20  # 4 epochs of 5
-PATIENCE_S = 180  # for a step to appear in the log, import of torch on a busy machine included
+PATIENCE_S = 300  # for a step to appear in the log, import of torch on a busy machine included
 COMMON = ("log.probe_every=3",)
 
 
