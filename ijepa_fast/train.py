@@ -30,7 +30,7 @@ from ijepa_fast.metrics import Bar, Meter, RunLog, TokenCounts, draw_curves
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import set_rates
 from ijepa_fast.stop import StopSignal
-from ijepa_fast.view import masks_sheet
+from ijepa_fast.view import masks_sheet, masks_title
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -89,10 +89,10 @@ def main(argv: list[str] | None = None) -> int:
 def train(run: Run, console: Console, *, resume: bool) -> None:
     """From step 0, or from the latest checkpoint, to the recipe's end or a signal."""
     config, world, loader = run.config, run.world, run.loader
+    probe = run.build_probe()  # before a run folder is made, which a mistake in it would leave behind
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world)
     first = done = checkpoints.open(run.state, config, resume=resume, say=console.print)
     save_every = config.train.checkpoint_every or run.schedule.steps_per_epoch
-    probe = run.build_probe()
     window: list[tuple[Tensor, dict[str, Any]]] = []  # updates whose loss is still on the device
 
     with (
@@ -229,9 +229,8 @@ def look(run: Run, probe: Probe, step: int, log: RunLog, console: Console) -> No
 
 def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
     """Make the run's pictures, and name what it made."""
-    folder, mask = run.config.train.folder, run.config.mask
-    batch = next(run.loader.batches(0, 1))
-    title = f"{mask.sampler} sampler, {mask.collate} collation"
+    folder, batch = run.config.train.folder, next(run.loader.batches(0, 1))
+    title = masks_title(run.config.mask, 0)
     masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)
     console.print(f"checkpoint  {checkpoints.path(checkpoints.steps()[-1])}")
     console.print(f"curves      {draw_curves(folder)}")
