@@ -26,19 +26,27 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 
 def _call_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    return _flash(_import("flash_attn_interface"), q, k, v, cu_seqlens, max_seqlen, scale)
+    from flash_attn_interface import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
 def _call_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    return _flash(_import("flash_attn.cute"), q, k, v, cu_seqlens, max_seqlen, scale)
+    from flash_attn.cute import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
 def _call_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    return _flash(_import("flash_attn"), q, k, v, cu_seqlens, max_seqlen, scale)
+    from flash_attn import flash_attn_varlen_func
+
+    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-def _flash(library, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    result = library.flash_attn_varlen_func(
+def _flash(
+    function: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
+) -> Tensor:
+    result = function(
         q,
         k,
         v,
@@ -53,18 +61,17 @@ def _flash(library, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seq
 
 
 def _call_torch_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    varlen = _import("torch.nn.attention.varlen")
+    from torch.nn.attention.varlen import varlen_attn
+
     # The other keyword arguments are not the same in torch 2.11 and 2.13.
-    return varlen.varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
+    return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, scale=scale)
 
 
 def _call_xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
-    fmha = _import("xformers.ops.fmha")
+    from xformers.ops import fmha
+
     bias = fmha.attn_bias.BlockDiagonalMask.from_seqlens(cu_seqlens.diff().tolist())
     return fmha.memory_efficient_attention(q[None], k[None], v[None], attn_bias=bias, scale=scale)[0]
-
-
-_import = functools.cache(importlib.import_module)
 
 
 class _Case(NamedTuple):
@@ -90,7 +97,7 @@ class _Case(NamedTuple):
         if self.capability() < (8, 0):
             return "needs sm_80 or later"
         try:
-            _import(module)
+            importlib.import_module(module)
         except ImportError as error:
             return str(error) if _installed(module) else f"{module} is not installed"
         return None
@@ -177,6 +184,7 @@ def _order(case: _Case) -> list[str]:
     return order
 
 
+@torch.compiler.assume_constant_result  # a compiler is to call it, not to look inside
 def choose(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
     """The name of the backend to use. Raises ValueError where the one that is named cannot be used."""
     mode = os.environ.get("IJEPA_KERNELS", "auto")

@@ -2,8 +2,8 @@
 
 Libraries pad a head dim to the next size they were built for, and are laid out for long sequences. Here a head is cut
 into two parts, powers of two as `tl.arange` wants them, of which 8 columns at most are masked: 80 = 64 + 16,
-88 = 64 + 32, 24 = 32. (88 as 64 + 16 + 16 has the same width and one more instruction for each product; so has 24 as
-16 + 8, where a product over the head dim takes 16 at least.) Masked columns cost no memory traffic.
+88 = 64 + 32, 24 = 32 (80 in fp32 = 64 + 32, see `parts`). Cutting further, 88 = 64 + 16 + 16 or 24 = 16 + 8, leaves the
+width as it is, or would take an instruction more for each product. Masked columns cost no memory traffic.
 
 Forward: a program is a tile of queries of one sequence and head, and walks over its tiles of keys with the online
 softmax of FlashAttention (arXiv 2205.14135) in fp32. Logarithms are base 2, the hardware's own.
@@ -51,8 +51,8 @@ class Config(NamedTuple):
 # Backward, 16 bits: 64 x 64 spills on sm_80 from head dim 64 on, and at 88 on sm_90.
 # fp32 is tf32x3, three products on the tensor cores with the error of fp32 (plain tf32 keeps 10 bits; "ieee" runs on
 # the other cores, at 67 instead of 165 dense TFLOP/s of an H100). Both halves of each operand lie in registers, so the
-# tiles are small: the backward spills above 16 x 32 at head dims 80 and 88.
-FORWARD = {16: Config(64, 64, 4, 2), 32: Config(64, 16, 4, 2)}
+# tiles are small: the backward spills above 16 x 32 at head dim 88, the forward with 4 warps on sm_100.
+FORWARD = {16: Config(64, 64, 4, 2), 32: Config(64, 16, 8, 2)}
 BACKWARD = {16: Config(64, 32, 4, 2), 32: Config(16, 32, 4, 1)}
 BLOCK_ROWS = 64  # of the D kernel: heads of tokens
 
@@ -60,12 +60,14 @@ STRIDES = [f"stride_{x}_{of}" for x in "qkv" for of in ("token", "head")]
 INTEGERS = ["tiles", "num_tokens", *STRIDES]  # one compiled kernel, whatever the number of tokens
 
 
-def parts(head_dim: int) -> tuple[int, int]:
+def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """The widths of the two parts of a head; 0 for a second part that is not needed."""
-    first = max(16, 1 << (head_dim.bit_length() - 1))
+    # A part of 16 columns in fp32 is less than four warps of tf32 products can share: they all hold it, and spill.
+    least = 32 if dtype == torch.float32 else 16
+    first = max(least, 1 << (head_dim.bit_length() - 1))
     if head_dim <= first:
         return first, 0
-    second = max(16, triton.next_power_of_2(head_dim - first))
+    second = max(least, triton.next_power_of_2(head_dim - first))
     return (2 * first, 0) if second == first else (first, second)
 
 
@@ -301,6 +303,7 @@ def _attention_bwd_kernel(
             dv0, dv1 = _accumulate(dv0, dv1, weights, g0, g1, PART_1, PRECISION)
             grad_logits = weights * (_inner(v0, v1, g0, g1, PART_1, PRECISION) - dot[None, :])
             acc0, acc1 = _accumulate(acc0, acc1, grad_logits, q0, q1, PART_1, PRECISION)
+        # Rows past the end had logit 0 and may hold infinities: they are not stored.
         _store(dk_ptr + offset, own, stride, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
         _store(dv_ptr + offset, own, stride, own_inside, dv0, dv1, HEAD_DIM, PART_0, PART_1)
     else:  # own queries: dq; [BLOCK queries, BLOCK_INNER keys]
@@ -327,7 +330,7 @@ def _config(table: dict[int, Config], x: Tensor) -> Config:
 
 
 def _constants(head_dim: int, dtype: torch.dtype, config: Config) -> dict[str, int | str | bool]:
-    part_0, part_1 = parts(head_dim)
+    part_0, part_1 = parts(head_dim, dtype)
     return {
         "HEAD_DIM": head_dim,
         "PART_0": part_0,
@@ -462,5 +465,6 @@ def shipped() -> list[Shipped]:
                 rows.append(Shipped(kernel, signature, constants, config.num_warps, config.num_stages, dot=True))
             dot = {"out_ptr": name, "grad_ptr": name, "dot_ptr": "*fp32", "num_tokens": "i32", "heads": "i32"}
             constants = {"HEAD_DIM": head_dim, "COLUMNS": _columns(head_dim), "BLOCK_R": BLOCK_ROWS}
-            rows.append(Shipped(_attention_dot_kernel, dot, constants))
+            # It loads 16 bytes at once, but stores one number a row.
+            rows.append(Shipped(_attention_dot_kernel, dot, constants, vector_bytes=4))
     return rows
