@@ -71,10 +71,9 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section("of the ceiling, worst first")
         for line in table([row for row in session.rows if "seconds" in row]):
             terminalreporter.line(line)
-    not_run = [row for row in session.rows if row["status"] not in ("timed", "observed")]
-    if not_run:
+    if lines := left_out(session.rows):
         terminalreporter.section("not run")
-        for line in left_out(not_run):
+        for line in lines:
             terminalreporter.line(line)
     if session.ceilings.measured:
         terminalreporter.section("ceilings of this machine, measured in this session")
@@ -84,14 +83,21 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def left_out(rows: list[dict]) -> list[str]:
-    """Rows without a figure, by op and reason."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    """Rows without a figure, by op and reason; a case is named alone where that goes for all its providers."""
+    providers: dict[tuple[str, str], set[str]] = {}
+    groups: dict[tuple[str, str], dict[str, set[str]]] = {}
     for row in rows:
-        groups.setdefault((row["op"], row["status"].removeprefix("not run: ")), []).append(row)
+        providers.setdefault((row["op"], row["case"]), set()).add(row["provider"])
+        if row["status"] not in ("timed", "observed"):
+            reason = row["status"].removeprefix("not run: ")
+            groups.setdefault((row["op"], reason), {}).setdefault(row["case"], set()).add(row["provider"])
     lines = []
-    for (op, reason), some in sorted(groups.items()):
-        names = dict.fromkeys(f"{row['case']} {row['provider']}".strip() for row in some)
-        lines.append(f"{op}: {reason}: {', '.join(names)}")
+    for (op, reason), cases in groups.items():
+        names = []
+        for case, some in cases.items():
+            every = some == providers[op, case]
+            names.append(case if every else f"{case} {'|'.join(sorted(some))}".strip())
+        lines.append(f"{op}: {reason}: {', '.join(names)}".rstrip(": "))
     return lines
 
 
