@@ -258,10 +258,12 @@ def ema_update_(
     if isinstance(momentum, Tensor):
         if momentum.ndim or momentum.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"momentum: want a number or a 0-dim fp32 or fp64 tensor, got {describe(momentum)}")
-        if momentum.device.type == "cpu" and target and target[0].is_cuda:
+        if target and momentum.device == target[0].device:
+            device_momentum, momentum = momentum, 0.0
+        elif momentum.device.type == "cpu":
             momentum = momentum.item()
         else:
-            device_momentum, momentum = momentum, 0.0
+            raise ValueError(f"momentum: want it on the device of target or the host, got {describe(momentum)}")
     if device_momentum is None and not 0 <= momentum <= 1:
         raise ValueError(f"momentum: want a number in [0, 1], got {momentum}")
     if target:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
 from .packed import Packed, check_packed, check_tensor, describe
@@ -304,6 +305,7 @@ def _setup_context(ctx, inputs, output):
     ctx.arguments, ctx.used = inputs[5:], False
 
 
+@once_differentiable
 def _backward(ctx, grad_loss, _grad_gradient):
     nothing = (None,) * (4 + len(ctx.arguments))
     if grad_loss is None:
@@ -311,10 +313,10 @@ def _backward(ctx, grad_loss, _grad_gradient):
     gradient, *tensors = ctx.saved_tensors
     if not outside_dispatch():
         return (gradient * grad_loss).to(tensors[0].dtype), *nothing  # fused by a compiler, which may see no mutation
-    if ctx.used:  # retain_graph: the first backward scaled the buffer and gave it away
+    if ctx.used:  # a retained graph: the first backward scaled the buffer and gave it away
         gradient = _forward(*tensors, *ctx.arguments)[1]
     ctx.used = True
-    _scale_gradient_(gradient.data, grad_loss)  # .data: a saved tensor must not change its version, see above
+    _scale_gradient_(gradient.data, grad_loss)  # .data has a version of its own: a retained graph unpacks this one
     return gradient.to(tensors[0].dtype), *nothing
 
 

@@ -284,6 +284,7 @@ def cases():
             (r"momentum: want a number in \[0, 1\], got 1.5", ([a], [b], 1.5)),
             (r"momentum: want a number in \[0, 1\], got nan", ([a], [b], math.nan)),
             (r"momentum: want a number or a 0-dim .*, got float32 \[1\]", ([a], [b], torch.ones(1))),
+            (r"momentum: want it on the device of target or the host", ([a], [b], torch.ones((), device="meta"))),
             (r"target: want every tensor once", ([a, a], [b, b], 0.9)),
         ]
     ]

@@ -164,6 +164,13 @@ def test_fp16_gradient_of_a_mean_does_not_underflow(device):
     torch.testing.assert_close(pred.grad.double().cpu(), want, rtol=2**-10, atol=2**-24)
 
 
+def test_second_derivative_says_that_there_is_none(device):
+    pred, target, packed = inputs(device)
+    (gradient,) = torch.autograd.grad(smooth_l1_loss(pred, target, packed) ** 2, pred, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 def test_backward_twice_through_a_retained_graph(device):
     """The first backward scales the stored gradient in place; the second must not scale that again."""
     pred, target, packed = inputs(device)
