@@ -12,7 +12,7 @@ import torch
 
 from bench.compare import Case, Outcome, attempt, measure
 from bench.machine import Ceilings, cores, describe, settle
-from bench.rows import Record, table
+from bench.rows import Record, left_out, table
 
 QUICK_PACE = 0.25
 
@@ -80,25 +80,6 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, rate in session.ceilings.measured.items():
             unit, scale = ("GB/s", 1e9) if name == "copy" else ("TFLOP/s", 1e12)
             terminalreporter.line(f"{name}: {rate / scale:.4g} {unit}")
-
-
-def left_out(rows: list[dict]) -> list[str]:
-    """Rows without a figure, by op and reason; a case is named alone where that goes for all its providers."""
-    providers: dict[tuple[str, str], set[str]] = {}
-    groups: dict[tuple[str, str], dict[str, set[str]]] = {}
-    for row in rows:
-        providers.setdefault((row["op"], row["case"]), set()).add(row["provider"])
-        if row["status"] not in ("timed", "observed"):
-            reason = row["status"].removeprefix("not run: ")
-            groups.setdefault((row["op"], reason), {}).setdefault(row["case"], set()).add(row["provider"])
-    lines = []
-    for (op, reason), cases in groups.items():
-        names = []
-        for case, some in cases.items():
-            every = some == providers[op, case]
-            names.append(case if every else f"{case} {'|'.join(sorted(some))}".strip())
-        lines.append(f"{op}: {reason}: {', '.join(names)}".rstrip(": "))
-    return lines
 
 
 class Session:

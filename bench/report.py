@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import pictures  # noqa: E402
-from bench.rows import format_time, key_of  # noqa: E402
+from bench.rows import format_time, key_of, left_out  # noqa: E402
 
 CHANGED = 0.05  # a median that moves by less is the machine's mood
 SHORT_S = 1e-4  # so does one of rows shorter than this, whatever it does
@@ -92,7 +92,9 @@ def device_section(
         if some:
             lines += ["", f"### {title}", "", *SECTION.get(suite, timed_table)(some)]
             lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.get(suite, [])]
-    return [*lines, *not_run(rows), *repeated(rows), *changes(rows, previous)]
+    if without := left_out(rows):
+        lines += ["", "### Without a figure", "", *(f"- {line}" for line in without)]
+    return [*lines, *repeated(rows), *changes(rows, previous)]
 
 
 def table(header: Cells, rows: Iterable[Cells]) -> list[str]:
@@ -177,17 +179,6 @@ def times(row: Row) -> str:
 def ours_is(row: Row) -> str:
     ratio = row.get("ours_is")
     return f"{ratio['median']:.2f}x ({ratio['p10']:.2f} to {ratio['p90']:.2f})" if ratio else ""
-
-
-def not_run(rows: list[Row]) -> list[str]:
-    """Every row without a figure, by its reason."""
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row["status"] not in ("timed", "observed", "counted"):
-            name = f"{row['op']}[{row['case']}]" if row["case"] else row["op"]
-            reasons.setdefault(row["status"], []).append(f"{name} {row['provider']}")
-    lines = ["", "### Without a figure", ""] if reasons else []
-    return lines + [f"- {reason}: {', '.join(names)}" for reason, names in reasons.items()]
 
 
 def repeated(rows: list[Row]) -> list[str]:

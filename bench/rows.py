@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-MAX_LINES = 60
+MAX_LINES, WIDTH = 60, 160
 KEY = ("suite", "op", "case", "provider")
 
 
@@ -58,15 +58,33 @@ def repeat(first: dict[str, Any], second: dict[str, Any], session: int) -> dict[
 
 
 def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
-    """At most `max_lines` lines, the rows farthest from their ceiling first; what is left out is counted."""
+    """At most `max_lines` lines: the rows farthest from their ceiling first, then what has no figure, and why."""
     timed = sorted((r for r in rows if "seconds" in r), key=lambda r: r.get("share", float("inf")))
-    others = [r for r in rows if "seconds" not in r]
     lines = [f"{'row':48s} {'provider':>15s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
     lines += [_timed_line(row) for row in timed]
-    lines += [f"{_name(row):48s} {row['provider']:>15s} {row['status'][:60]}" for row in others]
-    if len(lines) > max_lines:
-        left_out = len(lines) - max_lines + 1
-        lines = [*lines[: max_lines - 1], f"... and {left_out} rows more, in the record"]
+    without = [line[:WIDTH] for line in left_out(rows)]
+    room = max(max_lines - len(without), 2)
+    if len(lines) > room:
+        lines = [*lines[: room - 1], f"... and {len(lines) - room + 1} rows more, in the record"]
+    return [*lines, *without][:max_lines]
+
+
+def left_out(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows without a figure, by op and reason; a case is named alone where that goes for all its providers."""
+    providers: dict[tuple[str, str], set[str]] = {}
+    groups: dict[tuple[str, str], dict[str, set[str]]] = {}
+    for row in rows:
+        providers.setdefault((row["op"], row["case"]), set()).add(row["provider"])
+        if "seconds" not in row:
+            reason = row["status"].removeprefix("not run: ")
+            groups.setdefault((row["op"], reason), {}).setdefault(row["case"], set()).add(row["provider"])
+    lines = []
+    for (op, reason), cases in groups.items():
+        names = []
+        for case, some in cases.items():
+            every = some == providers[op, case]
+            names.append(case if every else f"{case} {'|'.join(sorted(some))}".strip())
+        lines.append(f"{op}: {reason}: {', '.join(names)}".rstrip(": "))
     return lines
 
 

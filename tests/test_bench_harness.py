@@ -156,6 +156,11 @@ def test_the_table_puts_the_worst_first_and_keeps_to_its_lines():
     assert "p1 " in lines[1]
     assert "1% copy" in lines[1]
     assert lines[-1] == "... and 42 rows more, in the record"
+    rows.append({**row("p0"), "status": "not run: GPU only"})
+    del rows[-1]["seconds"]
+    lines = table(rows, max_lines=60)
+    assert len(lines) == 60
+    assert lines[-2:] == ["... and 43 rows more, in the record", "ema: GPU only: B16 p0"]
 
 
 def test_the_folder_is_named_after_the_processor():

@@ -61,8 +61,8 @@ def test_the_report_says_what_the_record_says(results, tmp_path):
     assert "| ema | B16 | eager | 4 ms (3.6 ms to 4.4 ms) |  | 50% copy |  |" in text
     assert "us/image 7.8" in text
     assert "| aten::mm | 3 | 800.00 | 80.0 |" in text
-    assert "- not run: GPU only: step[H14-truncate] ours" in text
-    assert "- gate red: it is wrong: loss[B16] ours" in text
+    assert "- step: GPU only: H14-truncate" in text
+    assert "- loss: gate red: it is wrong: B16" in text
     assert "first record of this device" in text
     for picture in ("roofline", "step", "images"):
         assert f"![{picture}](results/some-processor/{picture}.png)" in text
