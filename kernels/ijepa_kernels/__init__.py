@@ -1,5 +1,5 @@
 """Fused ops for I-JEPA and its kin: one import each, on a GPU through Triton, on a CPU through PyTorch."""
-from .attention import varlen_attention
+from .attention import explain_backends, varlen_attention
 from .ema import ema_update_
 from .loss import smooth_l1_loss
 from .packed import Packed
@@ -14,6 +14,7 @@ __all__ = [
     "apply_masks",
     "ema_update_",
     "embed_patches",
+    "explain_backends",
     "gather_patches",
     "gather_tokens",
     "predictor_tokens",

@@ -70,8 +70,8 @@ class Packed(NamedTuple):
         buffer = torch.empty(starts[-1], dtype=torch.int32, device=self.indices.device, pin_memory=pin)
         for part, start, size in zip(parts, starts, sizes, strict=False):
             buffer[start : start + size] = part
-        moved = buffer.to(device, non_blocking=non_blocking)
-        moved = [moved[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        there = buffer.to(device, non_blocking=non_blocking)
+        moved = [there[start : start + size] for start, size in zip(starts, sizes, strict=False)]
         return Packed(*moved, self.max_seqlen)
 
     def rows(self, num_patches: int) -> Tensor:
@@ -117,8 +117,9 @@ def check_masks(masks: Sequence[Tensor]) -> None:
     if not isinstance(masks, (list, tuple)) or not masks:
         raise ValueError(f"masks: want a non-empty list of integer [B, K] tensors, got {describe(masks)}")
     for i, m in enumerate(masks):
-        rows, device = ("B", None) if i == 0 else (masks[0].shape[0], masks[0].device)
-        check_tensor(f"masks[{i}]", m, f"{rows}, K", (torch.int64, torch.int32), device)
+        check_tensor(f"masks[{i}]", m, "B, K", (torch.int64, torch.int32), None if i == 0 else masks[0].device)
+        if m.shape[0] != masks[0].shape[0]:
+            raise ValueError(f"masks[{i}]: want {masks[0].shape[0]} rows as masks[0] has, got {m.shape[0]}")
 
 
 def check_packed(

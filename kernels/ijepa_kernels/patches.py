@@ -10,8 +10,8 @@ image, gather) moves the whole image three times over in floats, and the context
 embed_patches is that gather, and a matrix product of the library that starts to accumulate at bias + position. Doing
 both in one kernel would spare writing and reading the patches and that start; but the whole product is 0.1 % of a step
 (H/14: 0.5 of 658 GFLOP an image), so a product of our own could gain nothing that anyone would see.
-The backward gathers the patches again instead of keeping them: on a CPU 2 ms in a step of ViT-S/16 with 16 images, on a
-GPU C * p * p * 3 bytes a token, for 2.4 kB (H/14, bf16) of memory for each token of the whole micro-batch.
+The backward gathers the patches again instead of keeping them. On a CPU that costs 2 ms in a whole step of ViT-S/16
+with 16 images, on a GPU C * p * p * 3 bytes of traffic a token; it frees 1.2 kB (H/14, bf16) a token of the context.
 """
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def gather_patches_ref(
 ) -> Tensor:
     """`[T, C*p*p rounded up to a multiple of 8]`, zeros in the columns beyond C*p*p."""
     p, total = patch_size, packed.indices.numel()
-    # A patch is gathered as the p (uint8) or C * p (float) short rows of p pixels that lie together in memory: on a
-    # CPU 6 times faster than indexing a strided [B, gh, gw, C, p, p] view, and no slower than a reshape when dense.
+    # A patch is gathered as the p (uint8) or C * p (float) short rows of p pixels that lie together in memory. On a CPU
+    # 1440 patches take 0.24 ms so, and 1.57 ms by indexing a strided [B, gh, gw, C, p, p] view.
     if images.dtype == torch.uint8:
         batch, height, width, channels = images.shape
         grid_w, leading, row = width // p, 1, p * channels
@@ -251,7 +251,7 @@ def _embed(
     indices: Tensor,
     *rest,  # the other arguments of _gather
 ) -> Tensor:
-    patches = _gather_op(images, indices, *rest)  # [T, K]
+    patches = _gather(images, indices, *rest)  # [T, K]
     weight = weight.to(patches.dtype).flatten(1)
     weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
     if pos_embed is None:

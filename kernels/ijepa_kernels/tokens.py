@@ -239,9 +239,11 @@ def apply_masks(x: Tensor, masks: Sequence[Tensor], concat: bool = True) -> Tens
     concat: as in V-JEPA: True gives one `[M * B, K, D]`, mask-major, and wants one K; False a list of M `[B, K, D]`.
     """
     check_masks(masks)
-    check_tensor("x", x, f"{masks[0].shape[0]}, N, D")
+    check_tensor("x", x, "B, N, D")
+    if x.shape[0] != masks[0].shape[0]:
+        raise ValueError(f"x: want {masks[0].shape[0]} images as masks has rows, got {x.shape[0]}")
     lengths = [m.shape[1] for m in masks]
-    if concat and len(set(lengths)) > 1:
+    if concat and any(k != lengths[0] for k in lengths):  # a set of lengths would make them constants of a graph
         raise ValueError(f"masks: want one length to concatenate, got {lengths}; concat=False takes them")
     batch, num_patches, dim = x.shape
     # The bound on the lengths is N where the masks allow, and not their own length, which changes from step to step.
