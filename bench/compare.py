@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import Ceilings, copy_call
+from bench.machine import Ceilings, copy_call, settle
 from bench.timing import Call, Sampler, Timing, build_sampler, interleave
 
 
@@ -70,6 +70,7 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
         return outcomes
     if case.nbytes:
         samplers["copy"] = build_sampler(lambda: copy_call(case.nbytes, device), device, nbytes=case.nbytes)
+    settle(device, 0.2)
     timings = interleave(samplers, seconds=case.seconds * pace, min_rounds=max(3, round(7 * min(pace, 1))))
     floor = lowest_time(timings.pop("copy", None), matmul)
     for name, timing in timings.items():

@@ -4,6 +4,7 @@ A row of the benchmark is a test item with a parameter `provider`. The first ite
 in turn; every item then reports its own. pytest-benchmark gets the samples through a clock that replays them, since on
 a GPU time is taken by events and not between two calls of a timer.
 """
+import sys
 import time
 from pathlib import Path
 
@@ -160,6 +161,8 @@ class Bench:
         session = self.session
         if session.measured is None or session.measured[0] != key:
             session.measured = None  # frees the last case's tensors before this one's are made
+            if "torch._dynamo" in sys.modules:
+                torch.compiler.reset()  # what was compiled for other shapes must not make this case's dynamic
             if session.out_of_time():
                 self._skip("out of time")
             built, failed = attempt({"case": build}, lambda _, build: build())
