@@ -90,7 +90,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     """From step 0, or from the latest checkpoint, to the recipe's end or a signal."""
     config, world, loader = run.config, run.world, run.loader
     probe = run.build_probe()  # before a run folder is made, which a mistake in it would leave behind
-    checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world)
+    checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, run.index.fingerprint())
     first = done = checkpoints.open(run.state, config, resume=resume, say=console.print)
     save_every = config.train.checkpoint_every or run.schedule.steps_per_epoch
     window: list[tuple[Tensor, dict[str, Any]]] = []  # updates whose loss is still on the device
