@@ -1,5 +1,6 @@
 """Everything a config builds: data, models, optimizer, schedules, probe."""
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -7,11 +8,11 @@ from torch import nn
 from ijepa_fast.checkpoint import TrainState
 from ijepa_fast.config import Config
 from ijepa_fast.data.decoder import build_decoder
-from ijepa_fast.data.index import build_index
+from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.loader import Loader, eval_batches
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluate import Probe, build_probe
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import build_encoder, build_predictor
@@ -26,15 +27,19 @@ class Run:
         self.config, self.world, self.write_cache = config, world, write_cache
         data, optim, seed = config.data, config.optim, config.train.seed
         if optim.global_batch_size % world.size:
-            raise UserError(
+            raise SharedError(
                 f"optim.global_batch_size {optim.global_batch_size} does not divide among {world.size} processes"
             )
 
-        self.masks = MultiBlockMasks(config.mask, config.grid, seed, optim.global_batch_size)
-        self.index = build_index(data.root, threads=data.threads, write_cache=write_cache)
-        if {"train", "val"} <= set(self.index.class_names):
-            raise UserError(f"data.root={data.root} holds both train and val; name one: data.root={data.root}/train")
-        self.sampler = GlobalBatchSampler(len(self.index), optim.global_batch_size, seed)
+        with world.together():
+            self.masks = MultiBlockMasks(config.mask, config.grid, seed, optim.global_batch_size)
+        self.index = self._index(data.root)
+        with world.together():
+            if {"train", "val"} <= set(self.index.class_names):
+                raise UserError(
+                    f"data.root={data.root} holds both train and val; name one: data.root={data.root}/train"
+                )
+            self.sampler = GlobalBatchSampler(len(self.index), optim.global_batch_size, seed)
         self.decoder = build_decoder(data.decoder, data.threads, world.device)
         self.reader = Reader(self.index, data.threads)
         self.loader = Loader(
@@ -73,6 +78,16 @@ class Run:
         )
         self.total_steps = optim.epochs * self.schedule.steps_per_epoch
 
+    def _index(self, root: Path) -> Index:
+        """Rank 0 reads all headers, unless they are cached; the others find its cache, or that of their machine."""
+        turn = 0 if self.world.is_main or not self.write_cache else 1 if self.world.local_rank == 0 else 2
+        group = self.world.patient_group()
+        for current in range(3):
+            with self.world.together(group):
+                if turn == current:
+                    index = build_index(root, threads=self.config.data.threads, write_cache=self.write_cache)
+        return index
+
     def loss_denominator(self, step: int) -> float:
         """What a rank's part of the loss is divided by, so that the mean over ranks is that over the global batch."""
         return self.masks.count_targets(step) * self.state.encoder.size.dim / self.world.size
@@ -104,15 +119,16 @@ class Run:
             return None
         index, reader = self.index, self.reader
         if data.probe_root is not None:
-            index = build_index(data.probe_root, threads=data.threads, write_cache=self.write_cache)
+            index = self._index(data.probe_root)
             reader = Reader(index, data.threads)
-        return build_probe(
-            index,
-            config.log.probe_images,
-            lambda ids: eval_batches(index, ids, self.decoder, reader, data.image_size, config.optim.micro_batch),
-            self.world,
-            must_have_labels=data.probe_root is not None,
-        )
+        with self.world.together():
+            return build_probe(
+                index,
+                config.log.probe_images,
+                lambda ids: eval_batches(index, ids, self.decoder, reader, data.image_size, config.optim.micro_batch),
+                self.world,
+                must_have_labels=data.probe_root is not None,
+            )
 
     def close(self) -> None:
         self.loader.close()

@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.utils._pytree import tree_map
 
 from ijepa_fast.config import Config, check_same_run, load_config
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.parallel import World
 
 FORMAT = 1
@@ -65,14 +65,16 @@ class Checkpoints:
     """The checkpoints of one run folder, written by a background thread while the run goes on.
 
     `begin` copies the state to the host and returns; `wait` (also called by the next `begin`) returns or raises once it
-    is on the disk. The thread talks to those of other ranks through a process group of its own.
+    is on the disk. The thread talks to those of other ranks through a process group of its own. `data`, where given, is
+    written into checkpoints (see `Index.fingerprint`), and those that hold another are not resumed.
     """
 
-    def __init__(self, run_folder: Path, keep_last: int, world: World):
+    def __init__(self, run_folder: Path, keep_last: int, world: World, data: dict[str, int] | None = None):
         self.folder = run_folder / "checkpoints"
         self.keep_last = keep_last
         self.world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self.data = data
+        self._group = world.patient_group()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -83,13 +85,15 @@ class Checkpoints:
         config would not continue the run.
         """
         run_folder, kept = self.folder.parent, self.folder.parent / "config.yaml"
-        if resume:
-            if not kept.exists():
-                raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
-            check_same_run(load_config(kept)[0], config, kept)
-        elif kept.exists():
-            raise UserError(f"{run_folder} already holds a run; go on with --resume, or choose another train.folder")
-        self.world.barrier()
+        with self.world.together():
+            if resume:
+                if not kept.exists():
+                    raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
+                check_same_run(load_config(kept)[0], config, kept)
+            elif kept.exists():
+                raise UserError(
+                    f"{run_folder} already holds a run; go on with --resume, or choose another train.folder"
+                )
         found = self.resume(state, say) if resume else None
         done = found[0] if found else 0
         if found:
@@ -98,15 +102,13 @@ class Checkpoints:
             say(f"{run_folder} holds no checkpoint yet: starting from step 0")
         if not found and config.train.init_from is not None:
             say(f"weights from {init_from(config.train.init_from, state, self.world)}")
-        problem = ""
-        if self.world.is_main:
+        with self.world.together():
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                _write_durably(kept, config.to_yaml())
+                if self.world.is_main:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+                    _write_durably(kept, config.to_yaml())
             except OSError as error:
-                problem = f": {error.strerror}"
-        if self.world.any(bool(problem)):
-            raise UserError(f"train.folder={run_folder} cannot be written{problem}")
+                raise UserError(f"train.folder={run_folder} cannot be written: {error.strerror}") from None
         return done
 
     def steps(self) -> list[int]:
@@ -159,6 +161,7 @@ class Checkpoints:
                     "format": FORMAT,
                     "step": step,
                     "config": config.model_dump(mode="json"),
+                    "data": self.data,
                     "torch": torch.__version__,
                     "files": {name: checksum for part in files for name, checksum in sorted(part.items())},
                 }
@@ -175,18 +178,18 @@ class Checkpoints:
     @contextlib.contextmanager
     def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
         """A stage of `_write`: where it fails on any rank, it fails on all, and the temporary folder goes."""
-        error: Exception | None = None
         try:
-            yield
-        except (OSError, dcp.CheckpointException) as caught:
-            error = caught
-        if self.world.any(error is not None, group=self._group):
+            with self.world.together(self._group):
+                try:
+                    yield
+                except (OSError, dcp.CheckpointException) as error:
+                    raise UserError(_reason(error)) from None
+        except SharedError as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             kept = f"that of step {self.steps()[-1]} is intact" if self.steps() else "there is no earlier one"
-            reason = _reason(error) if error else "another rank says why"
-            raise UserError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {reason}; {kept}; "
+            raise SharedError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {kept}; "
                 f"make room, then go on with --resume"
             ) from None
 
@@ -199,11 +202,20 @@ class Checkpoints:
             if problem := verify(self.path(step), self.world):
                 say(f"checkpoint passed over: {problem}")
                 continue
+            self._check_data(self.path(step))
             load(self.path(step), state, weights_only=False)
             return step, self.path(step)
         if self.steps():
-            raise UserError(f"no checkpoint in {self.folder} is whole; start anew in another train.folder")
+            raise SharedError(f"no checkpoint in {self.folder} is whole; start anew in another train.folder")
         return None
+
+    def _check_data(self, path: Path) -> None:
+        before = read_about(path).get("data")
+        if self.data and before and self.data != before:
+            raise SharedError(
+                f"{path} was written over {before['images']} images, and data.root holds {self.data['images']} now, or "
+                f"others: put the same files there, or start a new run with train.init_from={path}"
+            )
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -228,9 +240,7 @@ def verify(path: Path, world: World) -> str | None:
                 raise UserError(f"{path / name} is damaged: size or checksum differ from checkpoint.json")
     except (UserError, OSError) as error:
         problem = str(error)
-    if not world.any(problem is not None):
-        return None
-    return problem or f"{path} is damaged (another rank says how)"
+    return next(filter(None, world.gather_objects(problem)), None)
 
 
 def load(path: Path, state: TrainState, *, weights_only: bool) -> None:
@@ -274,9 +284,9 @@ def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> 
         for name, value in values.items():
             key = f"{section}.{name}"
             if key not in held:
-                raise UserError(f"{path} is a checkpoint of another model: it holds no {key}")
+                raise SharedError(f"{path} is a checkpoint of another model: it holds no {key}")
             if tuple(held[key].size) != tuple(value.shape):
-                raise UserError(
+                raise SharedError(
                     f"{path} is a checkpoint of another model: its {key} has shape {tuple(held[key].size)}, "
                     f"the config's {tuple(value.shape)}"
                 )

@@ -16,6 +16,8 @@ import itertools
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +28,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.config import Config
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.model import Block, LayerNorm
 
 # What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
@@ -36,13 +38,14 @@ SHARDED = ("vit_huge", "vit_giant")
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: `rank` of `size`, on `device`; `mesh` [shard] or [replicate, shard] for FSDP."""
+    """This process's place: `rank` of `size`, on `device`; `mesh` [shard] or [replicate, shard] for FSDP."""
 
     rank: int
     size: int
     device: torch.device
     strategy: str
     mesh: DeviceMesh | None = None
+    local_rank: int = 0  # among the processes of this machine
 
     @property
     def is_main(self) -> bool:
@@ -70,6 +73,33 @@ class World:
         parts = [torch.empty_like(x) for _ in range(self.size)]
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
+
+    def gather_objects(self, x: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """What every rank has for `x`, in order of rank."""
+        if self.size == 1:
+            return [x]
+        every = [None] * self.size
+        dist.all_gather_object(every, x, group=group)
+        return every
+
+    @contextlib.contextmanager
+    def together(self, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+        """A stage without collectives: where it raises a UserError on some rank, all raise it, in the same words."""
+        problem = None
+        try:
+            yield
+        except UserError as error:
+            problem = str(error)
+        problems = self.gather_objects(problem, group)
+        if not any(problems):
+            return
+        first = next(rank for rank, said in enumerate(problems) if said)
+        who = f"rank {first}: " if first else ""
+        raise SharedError(f"{who}{problems[first]}")
+
+    def patient_group(self) -> dist.ProcessGroup | None:
+        """A group for waits on the host of up to a day, where gloo's half an hour is too short."""
+        return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.size > 1 else None
 
     def barrier(self) -> None:
         """Wait for all ranks, on the host."""
@@ -151,38 +181,42 @@ def start(config: Config) -> Iterator[World]:
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     # Sums of floats depend on the number of threads that share them, so it is pinned: part of a run's exactness.
     torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    device = _device(local_rank)
+    device = _device(local_rank, local_size)
     strategy = _strategy(config, size, device)
     if strategy == "single":
-        yield World(rank, size, device, strategy)
+        yield World(rank, size, device, strategy, local_rank=local_rank)
         return
     if "RANK" not in os.environ:
         raise UserError(
             f"parallel.strategy={strategy} needs torchrun: torchrun --nproc-per-node=2 -m ijepa_fast.train ..."
         )
+    shards = config.parallel.shard_size or local_size
+    if strategy == "hsdp" and size % shards:
+        raise UserError(f"parallel.shard_size={shards} does not divide the {size} processes")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    try:
-        mesh = None
-        if strategy == "fsdp":
-            mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-        elif strategy == "hsdp":
-            shards = config.parallel.shard_size or local_size
-            if size % shards:
-                raise UserError(f"parallel.shard_size={shards} does not divide the {size} processes")
-            mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-        world = World(rank, size, device, strategy, mesh)
-        _check_same_config(world, config)
-        yield world
-    finally:
-        dist.destroy_process_group()
+    _check_same_config(World(rank, size, device, strategy), config)
+    mesh = None
+    if strategy == "fsdp":
+        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    elif strategy == "hsdp":
+        mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
+    yield World(rank, size, device, strategy, mesh, local_rank)
+    # Not after an error: it would wait for collectives in which this rank's part is missing. The exit closes what is
+    # open, and the other ranks lose contact.
+    dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether it says that another rank is gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _device(local_rank: int, local_size: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    if local_size > torch.cuda.device_count():
         raise UserError(
-            f"local rank {local_rank} has no GPU: this machine has {torch.cuda.device_count()}; "
+            f"{local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; "
             f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
         )
     torch.cuda.set_device(local_rank)
@@ -202,18 +236,12 @@ def _strategy(config: Config, size: int, device: torch.device) -> str:
 
 def _check_same_config(world: World, config: Config) -> None:
     """Ranks that compute different things would average them in silence."""
-    mine = config.model_dump(mode="json")
-    first = [mine]
-    dist.broadcast_object_list(first, src=0)
-    differing = [
-        f"{section}.{key}={values[key]} (rank 0 has {first[0][section][key]})"
-        for section, values in mine.items()
-        for key in values
-        if values[key] != first[0][section][key]
-    ]
-    if world.any(bool(differing)):
-        raise UserError(
-            f"the ranks were started with different configs: {differing[0]}; give all the same"
-            if differing
-            else "the ranks were started with different configs (another rank says how); give all the same"
-        )
+    first, *others = world.gather_objects(config.model_dump(mode="json"))
+    for rank, other in enumerate(others, 1):
+        for section, values in other.items():
+            for key, value in values.items():
+                if value != first[section][key]:
+                    raise SharedError(
+                        f"the ranks were started with different configs: {section}.{key} is {first[section][key]} on "
+                        f"rank 0 and {value} on rank {rank}; give all the same"
+                    )

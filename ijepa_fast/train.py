@@ -23,7 +23,7 @@ from ijepa_fast.build import Run
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.config import load_config
 from ijepa_fast.data.loader import Batch
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluate import Probe, crop_knn
 from ijepa_fast.memory import memory_advice, peak_memory
 from ijepa_fast.metrics import Bar, Meter, RunLog, TokenCounts, draw_curves
@@ -59,15 +59,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line. The exit code is 0, or 2 after one sentence on what the user can mend."""
+    """The command line. Exit code 0; 2 after one sentence on what the user can mend; 1 where another rank is lost."""
     args = parse(argv)
     rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    met = False  # until the ranks have met, what goes wrong goes wrong on all
     try:
         config, notes = load_config(args.config, args.overrides)
         if args.print_config:
             print(config.to_yaml(), end="")
             return 0
         with parallel.start(config) as world:
+            met = True
             # soft_wrap: a path stays on one line where output is no terminal.
             console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
             for note in notes:
@@ -78,8 +80,16 @@ def main(argv: list[str] | None = None) -> int:
                 else:
                     train(run, console, resume=args.resume)
     except UserError as error:
-        print(f"error: {rank}{error}", file=sys.stderr)
+        own = met and not isinstance(error, SharedError)
+        if own or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {rank if own else ''}{error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not parallel.lost_contact(error):
+            raise
+        time.sleep(1)  # that rank's error comes first; torchrun, when it has seen it, may end this one meanwhile
+        print(f"error: {rank}lost contact with another rank; its own error comes first", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{rank}interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
@@ -212,8 +222,8 @@ def check_weights(run: Run, step: int) -> None:
         raise diverged(f"the weights after step {step} are not finite")
 
 
-def diverged(what: str) -> UserError:
-    return UserError(
+def diverged(what: str) -> SharedError:
+    return SharedError(
         f"{what}, so the run stopped and saved nothing of it; "
         f"go on from the last checkpoint with --resume, or start anew with a lower optim.lr"
     )

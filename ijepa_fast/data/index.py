@@ -79,6 +79,13 @@ class Index:
     def __len__(self) -> int:
         return len(self.records)
 
+    def fingerprint(self) -> dict[str, int]:
+        """`{"images": number, "crc32": checksum of paths and sizes}`: which images these are."""
+        crc = 0
+        for part in (self.containers.blob, self.containers.offsets, self.records["size"].copy()):
+            crc = zlib.crc32(part, crc)
+        return {"images": len(self), "crc32": crc}
+
     def container_path(self, container: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.containers[container]))
 
