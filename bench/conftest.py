@@ -44,8 +44,6 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "quick: the case is part of --quick")
-    config.addinivalue_line("markers", "gpu_only: the case is too large for a CPU")
     config.stash[SESSION] = Session(config)
 
 

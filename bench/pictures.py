@@ -25,9 +25,9 @@ def draw(rows: list[Row], device: str, folder: Path) -> dict[str, list[Path]]:
 
 
 def roofline(rows: list[Row]) -> Figure | None:
-    """FLOP/s over FLOPs a byte for what multiplies; for what only moves, the share of a copy's speed."""
+    """FLOP/s over FLOPs a byte; and for what a copy bounds, the share of a copy's speed."""
     products = [row for row in rows if row.get("bytes") and row.get("flops") and "floor_s" in row]
-    moves = [row for row in rows if row.get("bound") == "copy" and not row.get("flops")]
+    moves = [row for row in rows if row.get("bound") == "copy" and row["suite"] in ("ops", "inputs")]
     if not products and not moves:
         return None
     figure, (left, right) = _figure(1, 2, height=max(4.0, 0.16 * len(moves) + 1.2))
@@ -35,12 +35,12 @@ def roofline(rows: list[Row]) -> Figure | None:
         intensity, rate = row["flops"] / row["bytes"], row["flops"] / row["seconds"]["median"]
         left.plot(intensity, rate, "o", color=_color(row), markersize=5)
         left.plot(intensity, row["flops"] / row["floor_s"], "_", color="black", markersize=9)
-    left.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s", title="with products (-: the ceiling)")
+    left.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s", title="FLOPs (-: the ceiling)")
     moves.sort(key=lambda row: (row["op"], row["case"], row["provider"]), reverse=True)
     right.barh(range(len(moves)), [100 * row["share"] for row in moves], color=[_color(row) for row in moves])
     right.set_yticks(range(len(moves)), [f"{row['op']} {row['case']} {row['provider']}" for row in moves], fontsize=6)
     right.axvline(100, color="black", linewidth=0.8)
-    right.set(xlabel="% of the speed of a copy of as many bytes", title="without")
+    right.set(xlabel="% of the speed of a copy of as many bytes", title="bound by a copy")
     return figure
 
 

@@ -201,7 +201,7 @@ def test_every_item_leaves_a_row(tmp_path):
     suite, out = tmp_path / "test_bench_demo.py", tmp_path / "record.json"
     suite.write_text(SUITE)
     options = ["--device", "cpu", "--threads", "1", "--quick", "--record", str(out)]
-    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "--rootdir", str(ROOT), str(suite)]
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-c", "pyproject.toml", str(suite)]
     run = subprocess.run([*command, "--benchmark-only", *options], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout + run.stderr
     record = json.loads(out.read_text())
