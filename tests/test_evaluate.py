@@ -133,6 +133,13 @@ class MeanColour(nn.Module):
         return images.float().mean(dim=(1, 2))[:, None] - 127.5
 
 
+class Corner(nn.Module):
+    """The colour of one pixel: tells classes apart better than chance and worse than perfectly."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :1, 0].float() - 127.5
+
+
 class Constant(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return torch.ones(len(images), 1, 3)
@@ -241,14 +248,14 @@ def probe_of(root, source, *, most=1000, must_have_labels=False, world=ALONE, ba
 
 def test_probe_of_a_labelled_folder(source, photographs):
     index, decoder, reader = source(photographs)
-    values = probe_of(photographs, source)(MeanColour())
+    values = probe_of(photographs, source)(Corner())
     bank, queries = held_out(index.records["label"], 1000)
-    colour = [torch.cat([pooled(MeanColour(), b) for b in eval_batches(index, ids, decoder, reader, 16, 7)])
+    colour = [torch.cat([pooled(Corner(), b) for b in eval_batches(index, ids, decoder, reader, 16, 7)])
               for ids in (bank, queries)]  # fmt: skip
     labels = [torch.from_numpy(index.records["label"][ids].astype(np.int64)) for ids in (bank, queries)]
     assert values["knn"] == knn_accuracy(colour[0], labels[0], colour[1], labels[1])
     assert math.isclose(values["rankme"], rankme(torch.cat(colour)), rel_tol=1e-6)
-    assert values["knn"] > 0.5  # a class has its colours
+    assert 0.3 < values["knn"] < 1
 
 
 @pytest.mark.parametrize("layout", ["flat", "one each"])
@@ -283,9 +290,9 @@ def test_ranks_together_see_what_one_sees(size, source, photographs):
             return torch.cat(shares) if len(shares) == size else x.repeat(size, 1)
 
     shares: list[Tensor] = []
-    alone = probe_of(photographs, source, most=37)(MeanColour())
+    alone = probe_of(photographs, source, most=37)(Corner())
     for rank in range(size):
-        values = probe_of(photographs, source, most=37, world=Share(rank, size, ALONE.device, True))(MeanColour())
+        values = probe_of(photographs, source, most=37, world=Share(rank, size, ALONE.device, "ddp"))(Corner())
     assert len({len(share) for share in shares}) == 1
     assert values["knn"] == alone["knn"]
     assert math.isclose(values["rankme"], alone["rankme"], rel_tol=1e-6)
