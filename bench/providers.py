@@ -9,7 +9,8 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from bench.compare import NotRun
 from bench.straight import straight_ema, straight_loss, straight_optimizer
 from bench.tuned import TunedEncoder, TunedPredictor, compile_blocks, tuned_ema, tuned_loss
 from bench.workload import IMAGE_SIZE, Setup
+from ijepa_fast.model import Block
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import build_optimizer
 
@@ -121,12 +123,17 @@ def need_rectangles(setup: Setup) -> None:
 
 
 class Ours(Provider):
-    """The library, as `ijepa_fast.train` runs a step."""
+    """The library, as `ijepa_fast.train` runs a step; `compiled`: with parallel.compile=true."""
 
-    def __init__(self, setup: Setup):
+    def __init__(self, setup: Setup, *, compiled: bool = False):
         super().__init__(setup)
-        self.encoder, self.predictor = setup.encoder, setup.predictor
-        self.target_encoder = setup.target_encoder
+        modules = setup.encoder, setup.predictor, setup.target_encoder
+        if compiled:
+            with torch.device("meta"):
+                modules = setup.share(*setup.build_ours(setup.dtype), setup.build_ours(setup.dtype)[0])
+            for block in (part for module in modules for part in module.modules() if isinstance(part, Block)):
+                block.compile()
+        self.encoder, self.predictor, self.target_encoder = modules
         self.optimizer = build_optimizer(self.encoder, self.predictor)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = LR, WEIGHT_DECAY if group["decay"] else 0.0
@@ -259,7 +266,13 @@ class Released(Provider):
         straight_ema(self.target_encoder, self.encoder, MOMENTUM)
 
 
-PROVIDERS: dict[str, type[Provider]] = {"ours": Ours, "straight": Straight, "tuned": Tuned, "released": Released}
+PROVIDERS: dict[str, Callable[[Setup], Provider]] = {
+    "ours": Ours,
+    "ours_compiled": partial(Ours, compiled=True),
+    "straight": Straight,
+    "tuned": Tuned,
+    "released": Released,
+}
 
 
 class _importable:
