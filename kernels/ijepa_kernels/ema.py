@@ -268,4 +268,4 @@ def ema_update_(
         raise ValueError(f"momentum: want a number in [0, 1], got {momentum}")
     if target:
         update = _update if outside_dispatch() else _update_op
-        update(target, source, low_precision, momentum, device_momentum)
+        update(target, source, low_precision, float(momentum), device_momentum)  # Triton specialises an int of 0 or 1

@@ -369,6 +369,7 @@ def smooth_l1_loss(
         raise ValueError(f"beta: want a number >= 0, got {beta}")
     if isinstance(denominator, Tensor) or (denominator is not None and not denominator > 0):
         raise ValueError(f"denominator: want a Python number > 0 or None, got {denominator!r}")
+    beta, eps = float(beta), float(eps)  # Triton specialises an int of 1
     with_gradient = torch.is_grad_enabled() and pred.requires_grad
     if denominator is not None and torch.compiler.is_compiling():
         # To the compiler a float argument of a custom op is a constant, and the count changes with every batch.

@@ -47,9 +47,3 @@ def kernel_device(request, monkeypatch) -> str:
     """As `device`, for tests that concern the Triton kernels alone."""
     monkeypatch.setenv("IJEPA_KERNELS", MODE_OF_PATH[request.param])
     return "cuda" if request.param == "cuda" else "cpu"
-
-
-@pytest.fixture
-def interpreted() -> bool:
-    """bf16 stores truncate in the interpreter instead of rounding, and grids must stay small there."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
