@@ -1,11 +1,11 @@
 """The plain PyTorch form of varlen_attention: what a CPU runs, and IJEPA_KERNELS=torch anywhere.
 
-There are two ways through a run of neighbouring sequences of one length. Measured on 2 AVX2 cores with torch 2.13,
-fp32, head dims 24 to 80, forward and backward, each against the other:
+There are two ways through a run of neighbouring sequences of one length. Measured in fp32 with torch 2.13 on one thread
+of an AVX2 machine, forward and backward, head dims 24 to 80, each against the other:
 
-    one fused call for the run       where lengths are equal and there are several threads, and for long sequences
-    matrix products, one sequence    up to 128 tokens, for a single sequence or on a single thread, in 0.6 to 0.95 of
-    at a time                        the time (100 tokens: 0.7 to 0.9; 196 tokens: 0.95 to 1.15)
+    one fused call for the run       equal lengths on several threads; more than 128 tokens
+    matrix products, one sequence    up to 128 tokens, for a single sequence or on a single thread: in 0.6 to 0.8 of
+    at a time                        the time at head dims 64 and 80, 0.7 to 1.0 at 24 and 32 (1.1 at 24 and 128 tokens)
 
 The products copy nothing (one head of one sequence is a strided matrix) and are spared the flash kernel's poor
 remainders (lengths that are no multiple of 16); but each is a parallel region over the heads of one sequence alone, so
@@ -29,6 +29,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
+def _can_fuse(x: Tensor) -> bool:
+    return x.device.type == "cpu"
+
+
+def _is_wide(x: Tensor) -> bool:
+    return x.dtype in (torch.float32, torch.float64)
+
+
 class _Run(NamedTuple):
     count: int  # sequences
     length: int  # of each
@@ -44,12 +52,12 @@ class _Run(NamedTuple):
 
 def _runs(q: Tensor, cu_seqlens: Tensor, save_memory: bool) -> list[_Run]:
     """The runs of equal-length neighbours, less the empty sequences."""
-    wide = q.dtype in (torch.float32, torch.float64)  # in 16 bits the products would cost more than the fused call
     runs = []
     for length, group in groupby(n for n in cu_seqlens.diff().tolist() if n):
         count = len(list(group))
         few = count == 1 or torch.get_num_threads() == 1
-        if q.device.type == "cpu" and (save_memory or not (few and wide and length <= LONGEST_PRODUCT)):
+        # Products of 16-bit matrices are slow on a CPU, and round the weights.
+        if _can_fuse(q) and (save_memory or not (few and _is_wide(q) and length <= LONGEST_PRODUCT)):
             runs.append(_Run(count, length, True))
         else:
             runs += [_Run(1, length, False)] * count
@@ -83,6 +91,10 @@ def forward(
     `save_memory` keeps the weights of none: on a CPU every run is fused, elsewhere `backward` computes them again.
     Without `keep` there is to be no backward.
     """
+    if not _can_fuse(q) and not _is_wide(q):  # in 16 bits the weights and their gradients would be rounded
+        wide = (x.float() for x in (q, k, v))
+        out, kept = forward(*wide, cu_seqlens, scale, save_memory=save_memory, keep=keep)
+        return out.to(q.dtype), kept
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     kept = []
     with torch.autocast(q.device.type, enabled=False):  # the dtype is the caller's choice, and `out=` takes no other
@@ -113,6 +125,9 @@ def backward(
     save_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, given what `forward` kept under the same `save_memory`."""
+    if not _can_fuse(q) and not _is_wide(q):
+        wide = (x.float() for x in (grad, q, k, v, out))
+        return tuple(x.to(q.dtype) for x in backward(*wide, kept, cu_seqlens, scale, save_memory=save_memory))
     grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
     kept = iter(kept)
     with torch.autocast(q.device.type, enabled=False):

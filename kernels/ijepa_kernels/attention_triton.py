@@ -297,7 +297,7 @@ def _attention_bwd_kernel(
             inside = query < length
             q0, q1 = _load(q_base, query, stride_q_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
             g0, g1 = _load(grad_ptr + offset, query, stride, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-            lse = tl.load(lse_base + query, mask=inside, other=float("inf"))  # weights of 0 past the end
+            lse = tl.load(lse_base + query, mask=inside, other=0.0)  # past the end q and grad are 0, and add nothing
             dot = tl.load(dot_base + query, mask=inside, other=0.0)
             weights = tl.exp2(_inner(k0, k1, q0, q1, PART_1, PRECISION) * log2_scale - lse[None, :])
             dv0, dv1 = _accumulate(dv0, dv1, weights, g0, g1, PART_1, PRECISION)
@@ -309,7 +309,7 @@ def _attention_bwd_kernel(
     else:  # own queries: dq; [BLOCK queries, BLOCK_INNER keys]
         q0, q1 = _load(q_base, own, stride_q_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
         g0, g1 = _load(grad_ptr + offset, own, stride, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-        lse = tl.load(lse_base + own, mask=own_inside, other=float("inf"))
+        lse = tl.load(lse_base + own, mask=own_inside, other=0.0)
         dot = tl.load(dot_base + own, mask=own_inside, other=0.0)
         for start in range(0, length, BLOCK_INNER):
             key = start + tl.arange(0, BLOCK_INNER)
