@@ -79,7 +79,7 @@ def test_ten_thousand_steps_follow_float64(device, request, monkeypatch):
 
 @pytest.mark.parametrize("target_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
-def test_mixed_dtypes_compute_in_fp32(device, request, target_dtype, source_dtype):
+def test_mixed_dtypes_compute_in_fp32(device, target_dtype, source_dtype):
     target, source = lists(device, dtypes=(target_dtype, source_dtype))
     before = clones(target)
     ema_update_(target, source, 0.9)
@@ -119,6 +119,13 @@ def test_momentum_as_a_tensor(device, dtype):
     momentum.fill_(0.25)
     ema_update_(target, source, momentum)
     assert_within_one_ulp_of_lerp(target, before, source, 0.75)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_one_minus_momentum_is_taken_in_the_dtype_of_momentum(device, dtype):
+    target, momentum = [torch.zeros(5, device=device)], torch.tensor(0.9999, dtype=dtype, device=device)
+    ema_update_(target, [torch.ones(5, device=device)], momentum)
+    assert (target[0] == (1 - momentum).float()).all()  # 1.0001659e-4 from fp32, 1e-4 from fp64
 
 
 def test_momentum_as_a_host_tensor(device):
@@ -187,17 +194,24 @@ def test_parameters_and_autograd(device):
 def test_the_plan_follows_the_addresses(kernel_device, monkeypatch):
     """A table built for one set of tensors must never be used for another: it would write to freed memory."""
     monkeypatch.setattr(ema, "_plans", {})
-    target, source = lists(kernel_device)
+    target, source = (x[:6] for x in lists(kernel_device, dtypes=(torch.float32, torch.bfloat16)))
     ema_update_(target, source, 0.9)
     ema_update_(target, source, 0.9)
     assert len(ema._plans) == 1
-    for change in (lambda x: x.clone(), lambda x: x.half(), lambda x: x.reshape(-1)[: x.numel() // 2]):
-        one = change(source[5])
-        into = target[5].reshape(-1)[: one.numel()].view(one.shape)
-        before, count = into.clone(), len(ema._plans)
+    changes = [
+        lambda t, s: (t, s.clone()),  # another address
+        lambda t, s: (t, s.view(torch.float16)),  # another dtype at the same one
+        lambda t, s: (t[:50], s[:50]),  # fewer elements
+        lambda t, s: (t[:, :190], s[:, :190]),  # rows that are not contiguous
+    ]
+    for i, change in enumerate(changes):
+        source[5].fill_(1.5 + i)  # 1.5 ... 4.5 as bf16 are ordinary numbers as fp16 too
+        into, one = change(target[5], source[5])
+        before = into.clone()
         ema_update_([*target[:5], into], [*source[:5], one], 0.5)
-        assert len(ema._plans) == count + 1
+        assert len(ema._plans) == 2 + i
         assert_within_one_ulp_of_lerp([into], [before], [one], 0.5)
+    target, source = lists(kernel_device)
     square = target[3][: CHUNK].view(64, 64)
     ema_update_([square], [source[3][: CHUNK].view(64, 64)], 0.5)
     before = square.clone()
