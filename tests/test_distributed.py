@@ -58,7 +58,7 @@ def folders(tiny_config, tmp_path_factory) -> dict[str, Path]:
         assert main(["--config", str(tiny_config), *words(folder[kind], *masks)]) == 0
 
     # 4 images a rank, in micro-batches of 3 and 1.
-    accumulating = words(folder["truncated 2"], *TRUNCATED, "optim.micro_batch=3")
+    accumulating = words(folder["truncated 2"], *TRUNCATED, "optim.micro_batch=3", "log.tensorboard=true")
     out = torchrun("-m", "ijepa_fast.train", "--config", str(tiny_config), *accumulating)
     (root / "out.txt").write_text(out)
     folder["out"] = root / "out.txt"
@@ -97,6 +97,7 @@ def test_losses_of_the_two_kinds_of_masks_differ(folders):
 def test_rank_0_alone_writes_and_speaks(folders):
     folder, out = folders["truncated 2"], folders["out"].read_text()
     assert len((folder / "log.csv").read_text().splitlines()) == 1 + STEPS
+    assert len(list((folder / "tensorboard").iterdir())) == 1  # each writer makes a file of its own
     for step in range(1, STEPS + 1):
         assert out.count(f"step {step}/{STEPS} ") == 1
     assert out.count("curves.png") == 1
