@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -98,16 +97,12 @@ class _Case(NamedTuple):
             return "needs sm_80 or later"
         try:
             importlib.import_module(module)
-        except ImportError as error:
-            return str(error) if _installed(module) else f"{module} is not installed"
+        except ModuleNotFoundError as error:
+            missing = error.name or module
+            return f"{module} is not installed" if module.startswith(missing) else f"{module} needs {missing}"
+        except Exception as error:  # built for another torch or CUDA: whatever it raises, the others still serve
+            return f"{module} does not import: {error}"
         return None
-
-
-def _installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ImportError:
-        return False
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -228,6 +223,8 @@ def explain_backends(
     where = str(device)
     if device.type == "cuda" and torch.cuda.is_available():
         where += " ({}, sm_{}{})".format(torch.cuda.get_device_name(device), *case.capability())
+    elif device.type == "cuda":
+        where += " (no such device here)"
     mode = os.environ.get("IJEPA_KERNELS", "auto")
     taken = choose(head_dim, dtype, device)
     because = "" if mode == "auto" else f" (IJEPA_KERNELS={mode})"

@@ -54,6 +54,7 @@ def test_a_cpu_takes_plain_pytorch():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_explains_a_device_that_is_not_there():
     text = explain_backends(88, torch.bfloat16, "cuda")
+    assert text.startswith("head_dim 88, bfloat16, cuda (no such device here): auto takes torch\n")
     assert text.count("cannot be used: there is no CUDA device") == 5 + (not attention_backends.INTERPRETED)
 
 
@@ -87,6 +88,18 @@ def test_explains_a_gpu(gpu):
         "  triton        our kernel: usable; no measurement says that it is the fastest here",
         "  torch         plain PyTorch; reads the lengths on the host: usable",
     ]
+
+
+def test_a_broken_library_is_passed_over(gpu, monkeypatch, tmp_path):
+    broken = {"flash_attn_interface": "raise RuntimeError('undefined symbol')", "flash_attn": "import tqwv"}
+    for name, line in broken.items():
+        (tmp_path / f"{name}.py").write_text(line)
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    text = explain_backends(64)
+    assert "auto takes torch_varlen" in text
+    assert "FlashAttention-3: cannot be used: flash_attn_interface does not import: undefined symbol" in text
+    assert "FlashAttention-2: cannot be used: flash_attn needs tqwv" in text
 
 
 @pytest.mark.parametrize(("mode", "taken"), [("torch", "torch"), ("triton", "triton")])
