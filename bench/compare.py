@@ -96,11 +96,16 @@ def ratio(other: Timing, ours: Timing) -> dict[str, float]:
 
 
 def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
-    """One variant after another: `make()` itself proves, observes and returns a row's fields; `pace` plays no part."""
+    """One variant after another: `make()` itself proves, observes its peak memory and returns a row's fields.
+
+    `pace` plays no part.
+    """
     seen, outcomes = attempt(case.variants, lambda _, variant: variant.make())
     for name, fields in seen.items():
         timing = Timing("wall", None, [fields["seconds"]["median"]])
         outcomes[name] = Outcome({"status": "observed", **fields}, timing)
+        if name != "ours" and "ours" in seen:
+            outcomes[name].fields["ours_peak"] = seen["ours"]["peak_bytes"] / fields["peak_bytes"]
     return outcomes
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import pictures  # noqa: E402
+from bench.goals import goal_lines  # noqa: E402
 from bench.rows import format_time, key_of, left_out  # noqa: E402
 
 CHANGED = 0.05  # a median that moves by less is the machine's mood
@@ -85,6 +86,10 @@ def device_section(
         + (f" Driver and clocks: {machine['clocks']}." if machine.get("clocks") else ""),
         "",
         *ceilings(record["sessions"]),
+        "",
+        "### Goals",
+        "",
+        *table(("goal", "wanted", "measured", "met"), goal_lines(rows, machine["type"])),
     ]
     drawn = pictures.draw(rows, machine["device"], folder)
     for suite, title in SUITES.items():
@@ -150,8 +155,14 @@ def memory_table(rows: list[Row]) -> list[str]:
         return f"{nbytes / 2**20:.0f} MiB"
 
     seen = [row for row in rows if row["status"] == "observed"]
-    cells = [(row["case"], row["provider"], mib(row["peak_bytes"]), mib(row["persistent_bytes"])) for row in seen]
-    return table(("case", "provider", "peak", "of it from step to step"), cells)
+    cells = [
+        (
+            *(row["case"], row["provider"], mib(row["peak_bytes"]), mib(row["persistent_bytes"])),
+            f"{row['ours_peak']:.2f} of it" if "ours_peak" in row else "",
+        )
+        for row in seen
+    ]
+    return table(("case", "provider", "peak", "of it from step to step", "ours takes"), cells)
 
 
 def timed_table(rows: list[Row]) -> list[str]:

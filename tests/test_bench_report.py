@@ -1,10 +1,14 @@
 """bench/report.py: recorded JSON becomes RESULTS.md and its pictures, and says no more than the JSON does."""
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from bench.report import report
+from bench.goals import GOALS
+from bench.report import ROOT, report
 
 MACHINE = {
     "device": "Some(R) Processor, 2 cores", "type": "cpu", "threads": 2, "load": [0.1, 0.1, 0.1], "python": "3.11.1",
@@ -57,7 +61,7 @@ def test_the_report_says_what_the_record_says(results, tmp_path):
     assert "No GPU record yet" in text
     assert "| S16-truncate | 16 | straight | 1.25 s (1.12 s to 1.38 s) | 1.25x (1.20 to 1.30) |" in text
     assert "| S16-truncate | ours | 200 ms | 200 ms | 200 ms | 300 ms | 100 ms |" in text
-    assert "| S16-truncate | ours | 3 MiB | 1 MiB |" in text
+    assert "| S16-truncate | ours | 3 MiB | 1 MiB |  |" in text
     assert "| ema | B16 | eager | 4 ms (3.6 ms to 4.4 ms) |  | 50% copy |  |" in text
     assert "us/image 7.8" in text
     assert "| aten::mm | 3 | 800.00 | 80.0 |" in text
@@ -93,6 +97,30 @@ def test_rows_that_two_runs_disagree_on_are_named(results, tmp_path):
     text = report(results, tmp_path)
     assert "Of 2 rows above 100 us, the medians of 1 differ by less than 5 %" in text
     assert "- step S16-truncate ours: 1 s, then 1.08 s" in text
+
+
+def test_goals_are_met_missed_or_unmeasured(results, tmp_path):
+    text = report(results, tmp_path)
+    assert "| S/16 step, times as fast as straight | at least 1.25 | 1.25 | yes |" in text
+    assert "| S/16 step, times as fast as tuned | at least 1 |  | not measured |" in text
+    some = rows()
+    some[1]["ours_is"]["median"] = 1.2
+    some.append(row("data", "order_and_boxes", "in22k", "ours", 1e-3, note={"us/image": 21.0}))
+    write(results / "some-processor", "first.json", some)
+    text = report(results, tmp_path)
+    assert "| S/16 step, times as fast as straight | at least 1.25 | 1.2 | **no** |" in text
+    assert "| order and boxes, us an image | at most 20 | 21 | **no** |" in text
+
+
+def test_every_goal_asks_for_a_row_that_the_suites_have():
+    """A renamed case would leave its goal unmeasured for ever."""
+    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    items = {(op, frozenset(params.split("-"))) for op, params in re.findall(r"::test_bench_(\w+)\[(.+)\]", listed)}
+    for goal in GOALS:
+        op, case, provider = goal.row
+        case = frozenset(case.split("-"))
+        assert {(op, case | {provider}), (op, case)} & items, goal.what
 
 
 def test_a_gpu_record_ends_the_excuse(results, tmp_path):
