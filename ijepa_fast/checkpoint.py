@@ -275,7 +275,7 @@ def init_from(path: Path, state: TrainState, world: World) -> Path:
             raise UserError(problem)
         load(path, state, weights_only=True)
     except UserError as error:
-        raise UserError(f"train.init_from: {error}") from None
+        raise SharedError(f"train.init_from: {error}") from None
     return path
 
 

@@ -13,6 +13,7 @@ block, sharding of every block and of the root.
 """
 import contextlib
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -108,6 +109,8 @@ class World:
     def shard(self, model: nn.Module, config: Config, *, trained: bool) -> None:
         """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike."""
         blocks = [part for part in model.modules() if isinstance(part, Block)]
+        # Where blocks are checkpointed it warns every rank of operations in place; they have none.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in blocks:
             block.checkpointing = config.parallel.checkpointing if trained else "none"
             if config.parallel.compile:
@@ -207,8 +210,8 @@ def start(config: Config) -> Iterator[World]:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether it says that another rank is gone."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether it says that ranks cannot reach each other: NCCL and the rendezvous have a type for it, gloo has none."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

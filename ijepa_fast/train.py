@@ -87,8 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not parallel.lost_contact(error):
             raise
-        time.sleep(1)  # that rank's error comes first; torchrun, when it has seen it, may end this one meanwhile
-        print(f"error: {rank}lost contact with another rank; its own error comes first", file=sys.stderr)
+        time.sleep(1)  # the other rank's own error comes first; torchrun, having seen it, may end this one meanwhile
+        print(f"error: {rank}lost contact with another rank: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{rank}interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
