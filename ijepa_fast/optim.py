@@ -84,6 +84,8 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) over `param_groups`, fused: one pass over parameters and state.
 
+    Sharded parameters are DTensors, whose dispatch costs the host about 20 us a parameter and update on top (measured
+    with torch 2.13 on one core, 300 updates of 200 parameters; it did not grow, nor did memory): 15 ms for the giant.
     Learning rate and weight decay are 0 until `set_rates` sets them, before every update.
     """
     return torch.optim.AdamW(param_groups(encoder, predictor), lr=0.0, betas=betas, eps=eps, fused=True)
