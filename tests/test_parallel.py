@@ -1,0 +1,206 @@
+"""One process, DDP, FSDP2 and HSDP compute the same; a checkpoint goes from any of them to any other."""
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import parallel_jobs as jobs
+import pytest
+import torch
+from ranks import Ranks
+
+from ijepa_fast.metrics import read_log
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this process joins no group
+
+STEPS = 20
+# What differs is the order of sums (6e-8 relative in fp32). AdamW divides a gradient by its own size, so where one has
+# nearly cancelled its rounding counts in full, times the learning rate of 1e-3: hence 1e-5, of losses and of weights.
+TOLERANCE = 1e-5
+GIANT = str(Path(__file__).parents[1] / "configs" / "vitg16_in22k.yaml")
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    pool = Ranks()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def words(photographs, tmp_path_factory) -> Callable[..., list[str]]:
+    config = tmp_path_factory.mktemp("config") / "parallel.yaml"
+    config.write_text(jobs.CONFIG.replace("ROOT", str(photographs)))
+    return lambda folder, *more: ["--config", str(config), f"train.folder={folder}", *more]
+
+
+@pytest.fixture(scope="module")
+def run(words, ranks, tmp_path_factory) -> Callable[..., Path]:
+    """`run(4, "fsdp", ...)`: the folder of a whole run; each is computed once."""
+    done: dict[tuple, Path] = {}
+
+    def run(size: int, strategy: str, *more: str) -> Path:
+        key = (size, strategy, *more)
+        if key not in done:
+            folder = tmp_path_factory.mktemp("run") / "run"
+            for left in ranks.run(size, jobs.train, words(folder, f"parallel.strategy={strategy}", *more)):
+                assert left.result == 0, left.err
+                assert left.err == ""
+            done[key] = folder
+        return done[key]
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    rows = read_log(folder)[0]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    return [row["loss"] for row in rows]
+
+
+def assert_same(folder: Path, reference: Path) -> None:
+    """Losses and everything in the last checkpoint, the optimizer's state among it, to `TOLERANCE`."""
+    assert losses(folder) == pytest.approx(losses(reference), abs=TOLERANCE, rel=0)
+    assert read_log(folder)[1][-1]["knn"] == read_log(reference)[1][-1]["knn"]
+    ours, theirs = jobs.weights(folder), jobs.weights(reference)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_identical(folder: Path, reference: Path) -> None:
+    assert losses(folder) == losses(reference)
+    ours, theirs = jobs.weights(folder), jobs.weights(reference)
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+HSDP = ("hsdp", "parallel.shard_size=2")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (4, *HSDP),
+        (2, "ddp", "parallel.checkpointing=full"), (2, "fsdp", "parallel.checkpointing=full"),
+        (2, "fsdp", "parallel.checkpointing=selective"), (4, *HSDP, "parallel.checkpointing=selective"),
+    ],
+    ids=lambda case: "-".join(map(str, case)),
+)  # fmt: skip
+def test_every_strategy_computes_what_one_process_does(case, run):
+    assert_same(run(*case), run(1, "single"))
+
+
+def test_a_run_learns_and_another_seed_is_another_run(run):
+    """What the other tests would compare in vain if it were not so."""
+    one, other = losses(run(1, "single")), losses(run(1, "single", "train.seed=1"))
+    assert one[-1] < 0.8 * one[0]
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("case", [(2, "ddp"), (2, "fsdp")], ids=lambda case: case[1])
+def test_in_bfloat16_every_strategy_computes_what_one_process_does(case, run):
+    """As closely as in fp32: what is rounded to bf16 is rounded at the same places, before anything is summed.
+
+    FSDP sends matrices in bf16, which their products would cast them to, and norms and positions in fp32; gradients are
+    summed over micro-batches and ranks in fp32.
+    """
+    bf16 = "model.compute_dtype=bfloat16"
+    assert_same(run(*case, bf16), run(1, "single", bf16))
+    assert losses(run(1, "single", bf16)) != pytest.approx(losses(run(1, "single")), abs=TOLERANCE, rel=0)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(1, "single"), (2, "fsdp"), (2, "ddp", "parallel.checkpointing=full"),
+     (2, "fsdp", "parallel.checkpointing=selective")],
+    ids=lambda case: "-".join(map(str, case)),
+)  # fmt: skip
+def test_compiled_blocks(case, run, words, ranks, tmp_path):
+    size, *strategy = case
+    more = (*strategy[1:], f"parallel.strategy={strategy[0]}", "parallel.compile=true")
+    for left in ranks.run(size, jobs.train_compiled, words(tmp_path / "run", *more)):
+        # Target, context, predictor, the predictor's last block: not one for each block or number of tokens.
+        assert left.result == (0, 4), left.err
+        assert left.err == ""
+    assert_same(tmp_path / "run", run(1, "single"))
+
+
+# --- checkpoints from any world to any other --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [(1, "single"), (2, "fsdp"), (2, "ddp"), (4, "fsdp"), (4, *HSDP)], ids=str)
+def test_saved_by_four_resumed_by(case, run, words, ranks, tmp_path):
+    four = run(4, "fsdp")
+    folder = tmp_path / "run"
+    shutil.copytree(four, folder, ignore=shutil.ignore_patterns("step_00000015", "step_00000020"))
+    more = [f"parallel.strategy={case[1]}", *case[2:], "--resume"]
+    for left in ranks.run(case[0], jobs.train, words(folder, *more)):
+        assert left.result == 0, left.err
+    if case == (4, "fsdp"):
+        assert_identical(folder, four)
+    else:
+        assert_same(folder, four)
+
+
+def test_from_one_process_to_shards_to_replicas_and_back(run, words, ranks, tmp_path):
+    """Each of them stopped by a signal that comes to one rank alone."""
+    folder, resume = tmp_path / "run", []
+    stages = [(1, 3, "single"), (4, 6, *HSDP), (2, 9, "ddp"), (3, 13, "fsdp"), (1, 20, "single")]
+    for size, step, strategy, *more in stages:
+        job = words(folder, f"parallel.strategy={strategy}", *more, *resume)
+        for left in ranks.run(size, jobs.train_until, job, step):
+            assert left.result == 0, left.err
+        assert max((folder / "checkpoints").iterdir()).name == f"step_{step:08d}"
+        resume = ["--resume"]
+    assert_same(folder, run(1, "single"))
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_stays_whole_and_some_shards_are_empty(words, ranks, tmp_path):
+    """Not after a probe, nor after the target's forward, nor after the forward of what is trained."""
+    more = ("parallel.strategy=fsdp", "optim.epochs=1", "log.probe_every=2")
+    *_, last = ranks.run(4, jobs.train_watching_shards, words(tmp_path / "run", *more))
+    assert last.result is not None, last.err
+    code, looks, empty = last.result
+    assert code == 0
+    assert looks == 5 * (1 + 2)  # 5 updates of 2 micro-batches
+    assert empty > 0
+
+
+def test_rank_0_reads_the_headers_for_all(words, ranks, tmp_path):
+    left = ranks.run(4, jobs.count_scans, words(tmp_path / "run"), str(tmp_path / "cache"))
+    assert [rank.result for rank in left] == [1, 0, 0, 0], left
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])
+def test_giant_on_the_meta_device(strategy, ranks):
+    more = ["data.root=nowhere", f"parallel.strategy={strategy}", "parallel.checkpointing=selective"]
+    (left,) = ranks.run(1, jobs.shard_giant, GIANT, more)
+    assert left.result is not None, left.err
+    (encoder, groups, sharded), (_, predictor_groups, predictor_sharded), target = left.result
+
+    dim, hidden, depth = 1408, 6144, 40
+    block = 4 * dim + (3 * dim + 1) * dim + 2 * dim + (dim + 1) * dim + (dim + 1) * hidden + (hidden + 1) * dim
+    assert encoder == depth * block + (3 * 16**2 + 1) * dim + 14**2 * dim + 2 * dim
+    assert round(encoder / 1e9, 2) == 1.01
+    assert target == (encoder, groups, sharded)
+    if strategy in ("fsdp", "hsdp"):
+        assert (groups, predictor_groups) == (40 + 1, 16 + 1)
+        assert sharded
+        assert predictor_sharded
+    else:
+        assert groups == predictor_groups == 0
+
+
+def test_two_blocks_of_the_giant_s_width_train(words, ranks, tmp_path):
+    more = (
+        "model.name=vit_giant", "model.patch_size=16", "data.image_size=96", "model.predictor_depth=1",
+        "model.predictor_dim=384", "optim.global_batch_size=2", "optim.micro_batch=1",
+    )  # fmt: skip
+    (alone,) = ranks.run(1, jobs.train_wide, words(tmp_path, *more))
+    assert alone.result is not None, alone.err
+    assert alone.result[2] < alone.result[0]
+    sharded = ("parallel.strategy=fsdp", "parallel.checkpointing=selective")
+    for left in ranks.run(2, jobs.train_wide, words(tmp_path, *more, *sharded)):
+        assert left.result == pytest.approx(alone.result, abs=TOLERANCE, rel=0), left.err
