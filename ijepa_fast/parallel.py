@@ -209,9 +209,15 @@ def start(config: Config) -> Iterator[World]:
     dist.destroy_process_group()
 
 
-def lost_contact(error: RuntimeError) -> bool:
-    """Whether it says that ranks cannot reach each other: NCCL and the rendezvous have a type for it, gloo has none."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+def lost_contact(error: RuntimeError) -> str | None:
+    """A sentence where the error is that ranks cannot reach each other; None where it is another.
+
+    NCCL and the rendezvous have a type for it, and may give a reason; gloo has neither.
+    """
+    sentence = "lost contact with another rank, whose own error comes first"
+    if isinstance(error, dist.DistError):
+        return f"{sentence}: {' '.join(str(error).split())}"
+    return sentence if "gloo/transport" in str(error) else None
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

@@ -85,10 +85,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {rank if own else ''}{error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not parallel.lost_contact(error):
+        if not (sentence := parallel.lost_contact(error)):
             raise
         time.sleep(1)  # the other rank's own error comes first; torchrun, having seen it, may end this one meanwhile
-        print(f"error: {rank}lost contact with another rank: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {rank}{sentence}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{rank}interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
