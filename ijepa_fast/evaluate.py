@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.data.decoder import Decoder
+from ijepa_fast.data.decoder import DecodeError, Decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import crop_boxes
@@ -167,5 +167,8 @@ def _half_crops(
         boxes = crop_boxes(0, 0, numbers, *sizes, (0.3, 1.0))
         if half == 1:
             boxes[:, 0 if wide else 1] += half_width if wide else half_height
-        crops.append(decoder.decode([encoded] * CROPS, boxes, image_size))
+        try:
+            crops.append(decoder.decode([encoded] * CROPS, boxes, image_size))
+        except DecodeError as error:
+            raise UserError(f"{index.path(i)} cannot be decoded: {error.reason}; remove or replace it") from None
     return torch.cat(crops)

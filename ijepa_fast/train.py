@@ -231,7 +231,8 @@ def diverged(what: str) -> SharedError:
 
 def look(run: Run, probe: Probe, step: int, log: RunLog, console: Console) -> None:
     """Probe the target features, which tell what the loss does not."""
-    values = probe(run.state.target_encoder)
+    with memory_advice(run.config.optim.micro_batch):
+        values = probe(run.state.target_encoder)
     log.probe(step, values)
     knn = f", k-NN {values['knn']:.1%}" if "knn" in values else ""
     console.print(f"step {step}: target features have RankMe {values['rankme']:.1f}{knn}")
