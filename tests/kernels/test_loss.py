@@ -181,6 +181,7 @@ def test_backward_twice_through_a_retained_graph(device):
         torch.testing.assert_close(gradient.double().cpu(), by * want, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
 def test_incoming_gradient_of_one_writes_nothing(device):
     """A signalling NaN comes back quiet from any multiplication, so bits that stay prove that none was done."""
     signalling = torch.full((1000,), 0x7F800001, dtype=torch.int32, device=device)
