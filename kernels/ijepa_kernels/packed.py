@@ -144,6 +144,8 @@ def check_packed(
             f"{name}.cu_seqlens: want one entry more than image has sequences, "
             f"{image.shape[0] + 1}, got {cu_seqlens.shape[0]}"
         )
+    if not torch.compiler.is_compiling() and not image.shape[0] and indices.shape[0]:
+        raise ValueError(f"{name}.indices: want no token where there is no sequence, got {indices.shape[0]}")
     if not can_read(indices):
         return
     ends, total = cu_seqlens, indices.shape[0]

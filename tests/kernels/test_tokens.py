@@ -184,6 +184,10 @@ def test_apply_masks_of_several_lengths_comes_as_a_list():
         ({"image": torch.zeros(1, dtype=torch.int32).expand(2)}, "packed.image: want a contiguous tensor"),
         ({"cu_seqlens": torch.tensor([0, 4, 3], dtype=torch.int32)}, "packed.cu_seqlens: want lengths .* got -1 to 4"),
         ({"cu_seqlens": torch.tensor([0, 1, 2], dtype=torch.int32)}, "want it to go from 0 to 3, .* 0 to 2"),
+        (
+            {"cu_seqlens": torch.tensor([0], dtype=torch.int32), "image": torch.zeros(0, dtype=torch.int32)},
+            "packed.indices: want no token where there is no sequence, got 3",
+        ),
     ],
 )
 def test_refuses(change, message):
