@@ -59,12 +59,12 @@ class World:
             x /= self.size
         return x
 
-    def any(self, flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank; waits for all ranks, on the host."""
         if self.size == 1:
             return flag
         votes = torch.tensor(int(flag))  # a CPU tensor: goes through gloo, so the device is not waited for
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -109,12 +109,13 @@ class World:
     def shard(self, model: nn.Module, config: Config, *, trained: bool) -> None:
         """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike."""
         blocks = [part for part in model.modules() if isinstance(part, Block)]
-        # Where blocks are checkpointed it warns every rank of operations in place; they have none.
-        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         for block in blocks:
             block.checkpointing = config.parallel.checkpointing if trained else "none"
             if config.parallel.compile:
                 block.compile()
+        if config.parallel.compile:
+            # On every rank it would warn of operations in place inside checkpointed blocks; they have none.
+            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
         if self.mesh is None:
             return
         # Matrices travel in the dtype that the blocks cast them to anyway; what is applied in fp32 under every strategy
