@@ -139,13 +139,21 @@ class Memory(NamedTuple):
 
 
 def memory(
-    model: Model, strategy: str, shards: int, micro_batch: int, checkpointing: str, *, compute: int, residual: int = 4
+    model: Model,
+    strategy: str,
+    shards: int,
+    micro_batch: int,
+    checkpointing: str,
+    *,
+    accumulates: bool,
+    compute: int,
+    residual: int = 4,
 ) -> Memory:
-    """The peak of an update, at the turn from forward to backward of a micro-batch after the first.
+    """The peak of an update, at the turn from forward to backward of its last micro-batch.
 
     `shards`: ranks that share one copy (1 for single and ddp). `compute`, `residual`: bytes of a number in matrix
-    products and in the residual stream. Under fsdp the gradients of earlier micro-batches are whole, since they are
-    reduced with the last one's.
+    products and in the residual stream. `accumulates`: there are earlier micro-batches, whose gradients are there, and
+    under fsdp whole, since they are reduced with the last one's.
     """
     sharded = strategy in ("fsdp", "hsdp")
     if sharded:
@@ -162,7 +170,7 @@ def memory(
     return Memory(
         weights=4 * model.trained / shards,
         target=4 * model.encoder_parameters / shards,
-        gradients=4 * model.trained,
+        gradients=4 * model.trained / (1 if accumulates else shards),
         optimizer=8 * model.trained / shards,
         copies=copies,
         activations=activations,
@@ -214,7 +222,10 @@ def plan(
     residual = 2 if config.model.residual_dtype == "bfloat16" else 4
 
     def need(micro_batch: int) -> Memory:
-        return memory(model, strategy, shards, micro_batch, checkpointing, compute=2, residual=residual)
+        return memory(
+            model, strategy, shards, micro_batch, checkpointing,
+            accumulates=micro_batch < share, compute=2, residual=residual,
+        )  # fmt: skip
 
     fitting = [n for n in range(1, share + 1) if share % n == 0 and need(n).total <= room]
     micro_batch = max(fitting, default=1)

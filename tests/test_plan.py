@@ -21,7 +21,7 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_memory_is_what_a_real_run_takes(checkpointing, monkeypatch):
     """Peak sum of live tensor storages of two micro-batches and an update, on a CPU in fp32, within 10 %.
 
@@ -55,7 +55,7 @@ def test_memory_is_what_a_real_run_takes(checkpointing, monkeypatch):
         target=target.sum() / 8,
         predicted_from=(context[masks.context_of.numpy()].sum() + target.sum()) / 8,
     )
-    needed = plan.memory(model, "single", 1, 8, checkpointing, compute=4)
+    needed = plan.memory(model, "single", 1, 8, checkpointing, accumulates=True, compute=4)
     # The measure starts with weights, target and images there, and no optimizer state until the end of the update.
     at_the_turn = needed.total - needed.weights - needed.target - needed.data - needed.optimizer
     measured = peak_bytes(update, torch.device("cpu"))
@@ -82,6 +82,14 @@ def test_sharding_divides_what_it_shards_and_nothing_else(capsys):
         assert fsdp[part] == pytest.approx(ddp[part] / 64)
         assert hsdp[part] == pytest.approx(ddp[part] / 8)
     assert fsdp["activations"] == ddp["activations"]
+    # 32 images of each of 64 GPUs fit at once, so no gradient waits for another micro-batch.
+    assert fsdp["gradients"] == pytest.approx(ddp["gradients"] / 64)
+
+
+def test_gradients_that_wait_for_the_last_micro_batch_are_whole(capsys):
+    (full,) = [p for p in plans(capsys, "--gpus", "4") if (p["strategy"], p["checkpointing"]) == ("fsdp", "none")]
+    assert full["micro_batch"] < 2048 / 4
+    assert full["memory_gib"]["gradients"] == pytest.approx(4 * full["memory_gib"]["weights"])
 
 
 @pytest.mark.parametrize("gpus", ["8", "64"])
