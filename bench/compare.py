@@ -71,7 +71,7 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
     if case.nbytes:
         samplers["copy"] = build_sampler(lambda: copy_call(case.nbytes, device), device, nbytes=case.nbytes)
     settle(device, 0.2)
-    timings = interleave(samplers, seconds=case.seconds * pace, min_rounds=max(3, round(7 * min(pace, 1))))
+    timings = interleave(samplers, seconds=case.seconds * pace, min_rounds=5 if pace >= 1 else 3)
     floor = lowest_time(timings.pop("copy", None), matmul)
     for name, timing in timings.items():
         fields = {"status": "timed", "seconds": timing.summary(), "clock": timing.clock, **floor}

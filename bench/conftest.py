@@ -37,6 +37,7 @@ def pytest_addoption(parser):
     group.addoption("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code to time")
     group.addoption("--device", default=None, help="cpu or cuda; left out: cuda where there is one")
     group.addoption("--threads", type=int, default=cores(), help="torch's own threads (default: the machine's cores)")
+    group.addoption("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     group.addoption("--record", type=Path, metavar="FILE", help="write every row into this JSON file")
     group.addoption("--again", action="store_true", help="the rows are a second run of those in --record: compare")
     group.addoption("--profile", action="store_true", help="add to every step's row where its time goes, op by op")
@@ -151,6 +152,7 @@ class Bench:
     def __init__(self, session: Session, item, benchmark):
         self.session, self.item, self.benchmark = session, item, benchmark
         self.device, self.ceilings = session.device, session.ceilings
+        self.compiled = self.device.type == "cuda" or session.config.getoption("compile")
         self.released, self.profile = (session.config.getoption(name) for name in ("released", "profile"))
 
     def __call__(self, build, how=measure) -> None:

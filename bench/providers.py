@@ -128,6 +128,8 @@ class Ours(Provider):
     def __init__(self, setup: Setup, *, compiled: bool = False):
         super().__init__(setup)
         modules = setup.encoder, setup.predictor, setup.target_encoder
+        if compiled and not setup.compiled:
+            raise NotRun("needs --compile on a CPU, and minutes")
         if compiled:
             with torch.device("meta"):
                 modules = setup.share(*setup.build_ours(setup.dtype), setup.build_ours(setup.dtype)[0])
@@ -173,14 +175,14 @@ class Straight(Provider):
 
 
 class Tuned(Provider):
-    def __init__(self, setup: Setup, *, compiled: bool = True):
+    def __init__(self, setup: Setup):
         need_rectangles(setup)
         super().__init__(setup)
         encoder, predictor = setup.sizes()
         with torch.device("meta"):
             modules = TunedEncoder(**encoder), TunedPredictor(**predictor), TunedEncoder(**encoder)
         self.encoder, self.predictor, self.target_encoder = setup.share(*modules)
-        if compiled:
+        if setup.compiled:
             compile_blocks(*modules)
         groups = straight_optimizer(self.encoder, self.predictor, LR, WEIGHT_DECAY).param_groups
         groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in groups]

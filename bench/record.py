@@ -38,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
     parser.add_argument("--quick", action="store_true", help="the marked cases only, fewer samples")
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
     parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
     args = parser.parse_args(argv)
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit().removesuffix('+')}.json"
     path = args.out.resolve() / folder_name(device_name(device)) / name
-    options = ["--quick"] * args.quick + ["--profile"] * args.profile
+    options = ["--quick"] * args.quick + ["--profile"] * args.profile + ["--compile"] * args.compile
     options += (["--released", str(args.released.resolve())] if args.released else [])
     failed = False
     for part in PARTS if args.part == "all" else [args.part]:

@@ -20,7 +20,7 @@ MODEL = [
 
 
 def memory_case(model: str, collate: str, bench) -> Case:
-    setup = Setup(MODELS[model], collate, bench.device, bench.released)
+    setup = Setup(MODELS[model], collate, bench.device, bench.released, compiled=bench.compiled)
     gate = Gate(setup)
 
     def follow(name: str) -> dict:

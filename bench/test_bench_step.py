@@ -39,7 +39,7 @@ CASES = [
 
 
 def step_case(model: str, collate: str, bench) -> Case:
-    setup = Setup(MODELS[model], collate, bench.device, bench.released)
+    setup = Setup(MODELS[model], collate, bench.device, bench.released, compiled=bench.compiled)
     gate, flops = Gate(setup), setup.flops()
     providers = {}
 
@@ -73,7 +73,7 @@ def step_case(model: str, collate: str, bench) -> Case:
         flops=flops.total,
         block=block,
         seconds=SECONDS[bench.device.type],
-        info={"tokens": setup.tokens(), "flops_parts": flops._asdict()},
+        info={"compiled": setup.compiled, "tokens": setup.tokens(), "flops_parts": flops._asdict()},
     )
 
 

@@ -1,9 +1,9 @@
 """I-JEPA's step as a good engineer tunes it with PyTorch alone: the second baseline of the benchmark.
 
 It computes the rows that `straight` computes, by PyTorch's own means: `scaled_dot_product_attention`, gathers that
-repeat no index, fused AdamW, the EMA in one foreach call, and `torch.compile` of every transformer block, with dynamic
-shapes because the lengths of truncated masks change from step to step. Parameters have the names of
-`ijepa_fast.model`, so weights move by `load_state_dict`.
+repeat no index, fused AdamW, the EMA in one foreach call, and `torch.compile` of every transformer block (on a CPU with
+--compile only), with dynamic shapes because the lengths of truncated masks change from step to step. Parameters have
+the names of `ijepa_fast.model`, so weights move by `load_state_dict`.
 """
 import torch
 import torch.nn.functional as F

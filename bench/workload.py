@@ -86,8 +86,16 @@ def draw_images(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
 class Setup:
     """The weights (fp32) and the batch of one model; `contexts` and `targets` are None where masks are ragged."""
 
-    def __init__(self, model: Model, collate: str, device: torch.device, released: Path | None = None):
-        self.model, self.device, self.released = model, device, released
+    def __init__(
+        self,
+        model: Model,
+        collate: str,
+        device: torch.device,
+        released: Path | None = None,
+        *,
+        compiled: bool = False,  # whether providers may compile: on a CPU that takes longer than the rest
+    ):
+        self.model, self.device, self.released, self.compiled = model, device, released, compiled
         self.batch = model.batch(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)

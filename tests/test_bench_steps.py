@@ -22,14 +22,10 @@ def _shallow(monkeypatch):
     monkeypatch.setitem(SIZES, "vit_tiny", SIZES["vit_tiny"]._replace(depth=2))
 
 
-def build(name: str, setup: Setup):
-    return Tuned(setup, compiled=False) if name == "tuned" else PROVIDERS[name](setup)
-
-
 @pytest.mark.parametrize("name", ["ours", "straight", "tuned"])
 def test_the_gate_passes_every_provider(name):
     setup = Setup(TINY, "truncate", CPU)
-    Gate(setup)(build(name, setup))
+    Gate(setup)(PROVIDERS[name](setup))
 
 
 def test_the_gate_takes_ragged_masks_image_by_image():
@@ -38,7 +34,7 @@ def test_the_gate_takes_ragged_masks_image_by_image():
     Gate(setup)(Ours(setup))
     for name in ("straight", "tuned"):
         with pytest.raises(NotRun, match="rectangular"):
-            build(name, setup)
+            PROVIDERS[name](setup)
 
 
 @pytest.mark.parametrize("wrong", ["weights", "pixels", "gradient"])
@@ -62,7 +58,7 @@ def test_one_step_of_every_provider_leaves_the_same_weights():
     for name in ("ours", "straight", "tuned"):
         setup = Setup(TINY, "truncate", CPU)
         before = torch.cat([p.detach().flatten().clone() for p in setup.target_encoder.parameters()])
-        provider = build(name, setup)
+        provider = PROVIDERS[name](setup)
         for group in provider.optimizer.param_groups:
             group["lr"] = 1e-2
         provider.step()
@@ -89,7 +85,7 @@ def test_marks_cut_the_step_into_its_parts():
 
 def test_weights_are_shared_and_state_is_counted_once():
     setup = Setup(TINY, "truncate", CPU)
-    ours, tuned = Ours(setup), Tuned(setup, compiled=False)
+    ours, tuned = Ours(setup), Tuned(setup)
     assert ours.encoder.norm.weight.data_ptr() == tuned.encoder.norm.weight.data_ptr()
     ours.step()
     trained = sum(p.numel() for p in ours.trained())
