@@ -254,11 +254,12 @@ def _embed(
     patches = _gather(images, indices, *rest)  # [T, K]
     weight = weight.to(patches.dtype).flatten(1)
     weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
-    if pos_embed is None:
-        return torch.addmm(bias.to(patches.dtype), patches, weight)
-    # Where the matrix product starts to accumulate: no pass over the result afterwards.
-    start = (bias.float() + pos_embed.float()).to(patches.dtype).index_select(0, indices)
-    return start.addmm_(patches, weight)
+    with torch.autocast(images.device.type, enabled=False):  # the dtype is the caller's choice, and the fake's promise
+        if pos_embed is None:
+            return torch.addmm(bias.to(patches.dtype), patches, weight)
+        # Where the matrix product starts to accumulate: no pass over the result afterwards.
+        start = (bias.float() + pos_embed.float()).to(patches.dtype).index_select(0, indices)
+        return start.addmm_(patches, weight)
 
 
 def _embed_fake(images, weight, bias, pos_embed, indices, *rest):
@@ -276,7 +277,9 @@ def _embed_backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         patches = _gather_op(*ctx.saved_tensors, *ctx.arguments)
         columns = ctx.weight_shape[1:].numel()
-        grad_weight = (grad.t() @ patches)[:, :columns].to(ctx.dtypes[0]).reshape(ctx.weight_shape)
+        with torch.autocast(grad.device.type, enabled=False):
+            grad_weight = grad.t() @ patches
+        grad_weight = grad_weight[:, :columns].to(ctx.dtypes[0]).reshape(ctx.weight_shape)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.dtypes[1])
     return None, grad_weight, grad_bias, *(None,) * (4 + len(ctx.arguments))
@@ -333,8 +336,8 @@ def embed_patches(
     images, packed, patch_size, mean, std: as for `gather_patches`.
     weight:    `[D, C, p, p]`, bias `[D]`: those of the `Conv2d`.
     pos_embed: `[N, D]` or `[1, N, D]`.
-    dtype:     of the matrix product's inputs and of the result; None takes the weight's. The product accumulates in
-               fp32 or wider.
+    dtype:     of the matrix product's inputs and of the result; None takes the weight's, under torch.autocast too. The
+               product accumulates in fp32 or wider.
 
     Returns `[T, D]`, differentiable in weight, bias and pos_embed. Raises `ValueError` for what does not fit.
     """
