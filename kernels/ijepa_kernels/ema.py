@@ -205,6 +205,7 @@ _update_op = register(
 def _check(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> None:
     if len({x.data_ptr() for x in target if x.numel()}) < sum(x.numel() > 0 for x in target):
         raise ValueError("target: want every tensor once, got one twice (tied weights?)")
+    written = {x.data_ptr() for x in target if x.numel()}
     for i, (t, s) in enumerate(zip(target, source, strict=True)):
         if t.dtype not in FLOATS:
             raise ValueError(f"target[{i}]: want a fp32, bf16 or fp16 tensor, got {describe(t)}")
@@ -215,9 +216,16 @@ def _check(target: list[Tensor], source: list[Tensor], low_precision: list[Tenso
                 f"source[{i}]: want a fp32, bf16 or fp16 tensor {list(t.shape)} on {t.device} as target[{i}], "
                 f"got {describe(s)}"
             )
-        if low_precision and (low_precision[i].shape != t.shape or low_precision[i].device != t.device):
-            got = describe(low_precision[i])
-            raise ValueError(f"low_precision[{i}]: want {list(t.shape)} on {t.device} as target[{i}], got {got}")
+        if low_precision:
+            low = low_precision[i]
+            if low.shape != t.shape or low.device != t.device or low.dtype not in FLOATS:
+                raise ValueError(
+                    f"low_precision[{i}]: want a fp32, bf16 or fp16 tensor {list(t.shape)} on {t.device} as "
+                    f"target[{i}], got {describe(low)}"
+                )
+            if low.numel() and low.data_ptr() in written:
+                raise ValueError(f"low_precision[{i}]: want memory of its own, got a target's or another copy's")
+            written.add(low.data_ptr())
 
 
 def _local(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -244,7 +252,8 @@ def ema_update_(
     source:        as many, of the same shapes (shards); fp32, bf16 or fp16, each by itself.
     momentum:      a number in [0, 1], or a 0-dim fp32 or fp64 tensor; one on the device is read when the kernel runs,
                    so a captured CUDA graph follows it. At 0.9999, 1 - momentum is off by 3e-4 of itself in fp32.
-    low_precision: as many tensors of the same shapes, usually bf16, that receive the new target, rounded.
+    low_precision: as many tensors of the same shapes, fp32, bf16 or fp16, in memory of their own, that receive the new
+                   target, rounded.
 
     The arithmetic is fp32. Empty tensors are skipped. Raises ValueError.
     """

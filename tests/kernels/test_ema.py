@@ -281,7 +281,7 @@ def test_empty_lists(device):
 
 
 def cases():
-    a, b = torch.zeros(3), torch.zeros(3)
+    a, b, c = torch.zeros(3), torch.zeros(3), torch.zeros(3)
     return [
         pytest.param(match, arguments, id=match[:24])
         for match, arguments in [
@@ -294,7 +294,13 @@ def cases():
             (r"source\[0\]: want .* tensor \[3\] on cpu .*, got float64", ([a], [b.double()], 0.9)),
             (r"source\[0\]: want .* on cpu as target\[0\], got .* on meta", ([a], [b.to("meta")], 0.9)),
             (r"target\[1\]: want it on cpu as target\[0\], got .* on meta", ([a, b.to("meta")], [b, a], 0.9)),
-            (r"low_precision\[0\]: want \[3\] on cpu as target\[0\], got .*\[4\]", ([a], [b], 0.9, [torch.zeros(4)])),
+            (r"low_precision\[0\]: want .* \[3\] on cpu as .*, got .*\[4\]", ([a], [b], 0.9, [torch.zeros(4)])),
+            (r"low_precision\[0\]: want a fp32, .*, got int32", ([a], [b], 0.9, [a.int()])),
+            (r"low_precision\[0\]: want a fp32, .*, got float64", ([a], [b], 0.9, [a.double()])),
+            (r"low_precision\[0\]: want a fp32, .*, got float8_e5m2", ([a], [b], 0.9, [a.to(torch.float8_e5m2)])),
+            (r"low_precision\[0\]: want memory of its own", ([a], [b], 0.9, [a])),
+            (r"low_precision\[1\]: want memory of its own", ([a, a + 1], [b, b], 0.9, [c, c])),
+            (r"low_precision\[0\]: want memory of its own, got a target's", ([a, c], [b, b], 0.9, [c, b + 1])),
             (r"momentum: want a number in \[0, 1\], got 1.5", ([a], [b], 1.5)),
             (r"momentum: want a number in \[0, 1\], got nan", ([a], [b], math.nan)),
             (r"momentum: want a number or a 0-dim .*, got float32 \[1\]", ([a], [b], torch.ones(1))),
