@@ -3,8 +3,8 @@ import pytest
 import torch
 from ijepa_kernels import (
     Packed,
-    embed_patches,
     ema_update_,
+    embed_patches,
     gather_patches,
     gather_tokens,
     predictor_tokens,
