@@ -133,15 +133,18 @@ def _loss_fwd_kernel(
 ):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = token < num_tokens
-    sequence = _sequence_of(tl.minimum(token, num_tokens - 1), cu_seqlens_ptr, num_sequences, search_steps)
-    image = tl.load(image_ptr + sequence).to(tl.int64)
+    searched = tl.minimum(token, num_tokens - 1)
     index = tl.load(indices_ptr + token, mask=inside, other=0).to(tl.int64)
     token = token.to(tl.int64)
     column = tl.arange(0, BLOCK)[None, :]
     mask = inside[:, None] & (column < DIM)
+    # Half of what is read does not depend on the search: loaded before it, it arrives while the search waits.
+    p = tl.load(pred_ptr + (token * stride_pred_row)[:, None] + column, mask=mask, other=0)  # [ROWS, BLOCK]
+    sequence = _sequence_of(searched, cu_seqlens_ptr, num_sequences, search_steps)
+    image = tl.load(image_ptr + sequence).to(tl.int64)
     target_row_ptr = target_ptr + image * stride_target_image + index * stride_target_patch
     t = tl.load(target_row_ptr[:, None] + column, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK]
-    p = tl.load(pred_ptr + (token * stride_pred_row)[:, None] + column, mask=mask, other=0).to(tl.float32)
+    p = p.to(tl.float32)
     if NORMALIZE:
         mean = tl.sum(t, 1) / DIM
         t = tl.where(mask, t - mean[:, None], 0.0)
