@@ -18,6 +18,7 @@ from bench.goals import goal_lines  # noqa: E402
 from bench.rows import format_time, key_of, left_out  # noqa: E402
 
 CHANGED = 0.05  # a median that moves by less is the machine's mood
+BUSY = 0.8  # load average that other work makes
 SHORT_S = 1e-4  # so does one of rows shorter than this, whatever it does
 SUITES = {
     "step": "Whole step",
@@ -76,13 +77,17 @@ def device_section(
     record: dict[str, Any], previous: dict[str, Any] | None, folder: Path, relative_to: Path
 ) -> list[str]:
     machine, rows = record["sessions"][-1], record["rows"]
-    loads = ", ".join(f"{session['load'][0]:.1f}" for session in record["sessions"])
+    loads = [session["load"][0] for session in record["sessions"]]
+    # Later parts begin with the load that the earlier ones left.
+    busy = machine["type"] == "cpu" and (loads[0] > BUSY or max(loads) > machine["threads"] + BUSY)
     lines = [
         "",
         f"## {machine['device']}",
         "",
         f"{machine['date'][:10]}, commit `{machine['commit']}`, torch {machine['torch']}, triton {machine['triton']}, "
-        f"Python {machine['python']}, {machine['threads']} threads. Load average when the parts began: {loads}."
+        f"Python {machine['python']}, {machine['threads']} threads. Load average when the parts began: "
+        f"{', '.join(f'{load:.1f}' for load in loads)}."
+        + (" **The machine was busy with other work**: times are too long, and ratios are rough." if busy else "")
         + (f" Driver and clocks: {machine['clocks']}." if machine.get("clocks") else ""),
         "",
         *ceilings(record["sessions"]),

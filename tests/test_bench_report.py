@@ -123,6 +123,12 @@ def test_every_goal_asks_for_a_row_that_the_suites_have():
         assert {(op, case | {provider}), (op, case)} & items, goal.what
 
 
+def test_a_busy_machine_is_owned_up_to(results, tmp_path):
+    assert "busy" not in report(results, tmp_path)
+    write(results / "some-processor", "first.json", rows(), load=[4.0, 4.0, 4.0])
+    assert "**The machine was busy with other work**" in report(results, tmp_path)
+
+
 def test_a_gpu_record_ends_the_excuse(results, tmp_path):
     write(results / "gpu", "first.json", rows(), device="GPU", type="cuda", clocks={"clocks.sm": "1980 MHz"})
     text = report(results, tmp_path)
