@@ -57,10 +57,12 @@ def main(argv: list[str] | None = None) -> int:
 def report(results: Path, relative_to: Path) -> str:
     """RESULTS.md as text; draws the pictures of each device beside its records."""
     lines = [INTRODUCTION]
-    devices = {folder: load(folder) for folder in sorted(results.iterdir()) if folder.is_dir()}
+    devices = {folder: load(folder) for folder in sorted(results.glob("*/"))}
     devices = {folder: records for folder, records in devices.items() if records}
     if not any(record["sessions"][-1]["type"] == "cuda" for records in devices.values() for record in records):
         lines += ["", "**No GPU record yet**: no GPU was at hand. Nothing below says anything about one."]
+    if not devices:
+        lines += ["", "**No record at all yet.**"]
     for folder, records in devices.items():
         previous = records[-2] if len(records) > 1 else None
         lines += device_section(records[-1], previous, folder, relative_to)

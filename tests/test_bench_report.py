@@ -123,6 +123,12 @@ def test_every_goal_asks_for_a_row_that_the_suites_have():
         assert {(op, case | {provider}), (op, case)} & items, goal.what
 
 
+def test_without_a_record_it_says_so(tmp_path):
+    text = report(tmp_path / "results", tmp_path)
+    assert "No record at all yet" in text
+    assert "No GPU record yet" in text
+
+
 def test_a_busy_machine_is_owned_up_to(results, tmp_path):
     assert "busy" not in report(results, tmp_path)
     write(results / "some-processor", "first.json", rows(), load=[4.0, 4.0, 4.0])
