@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import FLOATS, describe
+from .packed import FLOATS, describe, is_number
 from .shipped import Shipped
 
 CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet
@@ -273,8 +273,8 @@ def ema_update_(
             momentum = momentum.item()
         else:
             raise ValueError(f"momentum: want it on the device of target or the host, got {describe(momentum)}")
-    if device_momentum is None and not 0 <= momentum <= 1:
-        raise ValueError(f"momentum: want a number in [0, 1], got {momentum}")
+    if device_momentum is None and not (is_number(momentum) and 0 <= momentum <= 1):
+        raise ValueError(f"momentum: want a number in [0, 1], got {describe(momentum)}")
     if target:
         update = _update if outside_dispatch() else _update_op
         update(target, source, low_precision, float(momentum), device_momentum)  # Triton specialises an int of 0 or 1

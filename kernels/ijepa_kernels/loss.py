@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import Packed, check_packed, check_tensor, describe
+from .packed import Packed, check_packed, check_tensor, describe, is_number
 from .shipped import Shipped
 
 KINDS = ("smooth_l1", "l2")
@@ -368,10 +368,11 @@ def smooth_l1_loss(
         raise ValueError(f"packed: want {pred.shape[0]} tokens as pred has rows, got {packed.indices.shape[0]}")
     if kind not in KINDS:
         raise ValueError(f"kind: want one of {', '.join(KINDS)}, got {kind!r}")
-    if beta < 0:
-        raise ValueError(f"beta: want a number >= 0, got {beta}")
-    if isinstance(denominator, Tensor) or (denominator is not None and not denominator > 0):
-        raise ValueError(f"denominator: want a Python number > 0 or None, got {denominator!r}")
+    for name, value in (("beta", beta), ("eps", eps)):
+        if not is_number(value) or not value >= 0:
+            raise ValueError(f"{name}: want a number >= 0, got {describe(value)}")
+    if denominator is not None and not (is_number(denominator) and denominator > 0):
+        raise ValueError(f"denominator: want a Python number > 0 or None, got {describe(denominator)}")
     beta, eps = float(beta), float(eps)  # Triton specialises an int of 1
     with_gradient = torch.is_grad_enabled() and pred.requires_grad
     if denominator is not None and torch.compiler.is_compiling():

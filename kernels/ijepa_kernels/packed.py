@@ -4,6 +4,7 @@ I-JEPA never shows a whole image to the context encoder, and every image keeps a
 padding, the sequences lie one behind the other in one `[T, ...]` tensor, and a `Packed` says where each begins
 (`cu_seqlens`, as in FlashAttention), which patch a row is and which image it comes from.
 """
+import numbers
 import os
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,6 +38,7 @@ class Packed(NamedTuple):
         `torch.gather(x, 1, mask)`.
         """
         check_masks(masks)
+        check_whole("max_seqlen", max_seqlen)
         longest = max(m.shape[1] for m in masks)
         if longest > max_seqlen:
             raise ValueError(f"masks: want at most max_seqlen = {max_seqlen} columns, got {longest}")
@@ -87,7 +89,7 @@ def describe(value: object) -> str:
     """What an argument is, for an error message."""
     if isinstance(value, Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return type(value).__name__
+    return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
 
 
 def check_tensor(
@@ -112,6 +114,17 @@ def check_tensor(
         raise ValueError(f"{name}: want a {wanted} [{shape}] tensor{where}, got {describe(x)}")
 
 
+def is_number(value: object) -> bool:
+    """A Python or NumPy number, or a compiler's symbol for one; no tensor."""
+    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
+
+
+def check_whole(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is an integer."""
+    if not isinstance(value, (int, torch.SymInt, numbers.Integral)):
+        raise ValueError(f"{name}: want an int, got {describe(value)}")
+
+
 def check_masks(masks: Sequence[Tensor]) -> None:
     """Raise `ValueError` unless `masks` is a non-empty list of integer `[B, K]` tensors of one B and device."""
     if not isinstance(masks, (list, tuple)) or not masks:
@@ -133,6 +146,7 @@ def check_packed(
     if not isinstance(packed, (tuple, list)) or len(packed) != 4:
         raise ValueError(f"{name}: want a Packed(indices, cu_seqlens, image, max_seqlen), got {describe(packed)}")
     indices, cu_seqlens, image, max_seqlen = packed
+    check_whole(f"{name}.max_seqlen", max_seqlen)
     check_tensor(f"{name}.indices", indices, "T", (torch.int32,), device)
     check_tensor(f"{name}.image", image, "S", (torch.int32,), device)
     check_tensor(f"{name}.cu_seqlens", cu_seqlens, "S+1", (torch.int32,), device)

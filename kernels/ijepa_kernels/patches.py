@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import register, tl, triton, use_triton
-from .packed import FLOATS, Packed, check_packed, check_tensor
+from .packed import FLOATS, Packed, check_packed, check_tensor, check_whole, is_number
 from .shipped import Shipped
 from .tokens import gather_tokens
 
@@ -348,7 +348,8 @@ def embed_patches(
     check_tensor("weight", weight, f"{dim}, {channels}, {patch_size}, {patch_size}", device=images.device)
     check_tensor("bias", bias, f"{dim}", device=images.device)
     pos_shape = f"{num_patches}, {dim}"
-    check_tensor("pos_embed", pos_embed, f"1, {pos_shape}" if pos_embed.ndim == 3 else pos_shape, device=images.device)
+    leading = "1, " if isinstance(pos_embed, Tensor) and pos_embed.ndim == 3 else ""
+    check_tensor("pos_embed", pos_embed, leading + pos_shape, device=images.device)
     pos_embed = pos_embed.reshape(num_patches, dim)
     arguments = *packed, patch_size, mean, std, dtype
     if not pos_embed.requires_grad or not torch.is_grad_enabled():
@@ -371,7 +372,8 @@ def _check(
         _, height, width, channels = images.shape
         if not 1 <= channels <= MAX_CHANNELS:
             raise ValueError(f"images: want 1 to {MAX_CHANNELS} channels in uint8 [B, H, W, C], got {channels}")
-        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        numbers = [isinstance(v, (list, tuple)) and len(v) == channels and all(map(is_number, v)) for v in (mean, std)]
+        if not all(numbers) or min(std) <= 0:
             raise ValueError(
                 f"mean, std: want {channels} numbers each, one a channel of images [B, H, W, C], std positive, "
                 f"got {mean} and {std}"
@@ -383,6 +385,7 @@ def _check(
         raise ValueError("images: want a tensor that requires no gradient, these ops have none for it")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: want float32, bfloat16 or float16, got {dtype}")
+    check_whole("patch_size", patch_size)
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images: want sides divisible by patch_size = {patch_size}, got {height} x {width}")
     check_packed(packed, images.device, _num_patches(images, patch_size), images.shape[0])

@@ -275,6 +275,7 @@ X = torch.zeros(6, 2, 16)
         ((X, X, X, cu(0, 5), 6), "cu_seqlens: want it to go from 0 to 6, the tokens, got 0 to 5"),
         ((X, X, X, cu(1, 6), 6), "cu_seqlens: want it to go from 0 to 6, the tokens, got 1 to 6"),
         ((X, X, X, cu(0, 6), 5), "cu_seqlens: want lengths of 0 to max_seqlen = 5, got 6 for sequence 0"),
+        ((X, X, X, cu(0, 6), None), "max_seqlen: want an int, got NoneType"),
         ((X, X, X, cu(0, 6), 0), "max_seqlen: want an upper bound of the lengths, at least 1, got 0"),
         ((X, X, X, cu(0, 6).to("meta"), 6), r"cu_seqlens: want .* on cpu, got int32 \[2\] on meta"),
     ],
@@ -284,9 +285,10 @@ def test_bad_input_is_refused(arguments, message):
         varlen_attention(*arguments)
 
 
-def test_bad_scale_is_refused():
-    with pytest.raises(ValueError, match="scale: want a number > 0 or None, got -1"):
-        varlen_attention(X, X, X, cu(0, 6), 6, scale=-1)
+@pytest.mark.parametrize("scale", [-1, "1"])
+def test_bad_scale_is_refused(scale):
+    with pytest.raises(ValueError, match=f"scale: want a number > 0 or None, got {scale!r}"):
+        varlen_attention(X, X, X, cu(0, 6), 6, scale=scale)
 
 
 @pytest.mark.gpu

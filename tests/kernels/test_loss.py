@@ -297,6 +297,9 @@ def cases():
         case("packed dtype", r"packed.image: .*int32.* got int64", packed=packed._replace(image=packed.image.long())),
         case("kind", r"kind: want one of smooth_l1, l2, got 'huber'", kind="huber"),
         case("beta", r"beta: want a number >= 0, got -1", beta=-1),
+        case("no beta", r"beta: want a number >= 0, got NoneType", beta=None),
+        case("eps", r"eps: want a number >= 0, got '1e-5'", eps="1e-5"),
+        case("denominator text", r"denominator: want a Python number > 0 or None, got '3'", denominator="3"),
         case("denominator", r"denominator: want a Python number > 0 or None, got 0", denominator=0),
         case("denominator tensor", r"denominator: want a Python number", denominator=torch.tensor(3.0)),
     ]

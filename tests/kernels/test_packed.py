@@ -72,6 +72,8 @@ def test_to_cuda_and_back(non_blocking):
         ([torch.zeros(3, dtype=torch.int64)], 4, r"masks\[0\]: .* got int64 \[3\]"),
         ([torch.zeros(2, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64)], 4, "want 2 rows as .* got 1"),
         ([torch.zeros(2, 5, dtype=torch.int64)], 4, "want at most max_seqlen = 4 columns, got 5"),
+        ([torch.zeros(2, 3, dtype=torch.int64)], None, "max_seqlen: want an int, got NoneType"),
+        ([torch.zeros(2, 3, dtype=torch.int64)], 4.0, "max_seqlen: want an int, got 4.0"),
     ],
 )
 def test_from_masks_refuses(masks, max_seqlen, message):
