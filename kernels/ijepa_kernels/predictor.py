@@ -8,7 +8,8 @@ released code builds the same by repeating and concatenating whole batches, whic
 needs all blocks of a batch to be of one length.
 
 The backward reads the gradient once: a context row sums its uses in the order of the target sequences, the mask token
-sums the rows of each sequence, then the sequences. fp32 sums, no atomics, bitwise reproducible.
+sums the rows of each sequence, then the sequences. fp32 sums, no atomics, bitwise reproducible; but for the PyTorch
+form on a GPU (IJEPA_KERNELS=torch, or no Triton), whose `index_add_` is made of float atomics.
 """
 from __future__ import annotations
 
@@ -386,7 +387,8 @@ def predictor_tokens(
     total, dim = context.shape
     if not isinstance(mask_token, Tensor) or mask_token.numel() != dim or mask_token.dtype not in FLOATS:
         raise ValueError(f"mask_token: want {dim} elements as context has columns, got {describe(mask_token)}")
-    check_tensor("pos_embed", pos_embed, f"1, N, {dim}" if pos_embed.ndim == 3 else f"N, {dim}", device=context.device)
+    leading = "1, " if isinstance(pos_embed, Tensor) and pos_embed.ndim == 3 else ""
+    check_tensor("pos_embed", pos_embed, f"{leading}N, {dim}", device=context.device)
     mask_token, pos_embed = mask_token.reshape(-1), pos_embed.reshape(-1, dim)
     check_tensor("mask_token", mask_token, f"{dim}", device=context.device)
     check_packed(context_packed, context.device, pos_embed.shape[0], name="context_packed")

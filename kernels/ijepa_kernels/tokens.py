@@ -8,7 +8,8 @@ helper repeats its index to int64 [B, K, D], 8 bytes for every element of 2 or 4
 The backward sums each row's gradients in the order of the tokens, in fp32, without atomics: bitwise reproducible, also
 where blocks overlap and a row is taken several times. (That of `x[index]` is not: not on a GPU, nor on a CPU with
 several threads.) On a GPU a stable sort of the T row numbers finds the tokens of each row, so that any masks will do,
-unsorted and repeating ones too; it costs a few small launches, and nothing waits for the device.
+unsorted and repeating ones too; it costs a few small launches, and nothing waits for the device. The exception is the
+PyTorch form on a GPU (IJEPA_KERNELS=torch, or no Triton): `index_add_` is made of float atomics there.
 
 Where no row is taken twice, `index_select` moves as few bytes in the forward; the backward is what this op is for.
 """
@@ -177,7 +178,7 @@ def _backward(
     packed = Packed(indices, cu_seqlens, image, max_seqlen)
     if use_triton(grad):
         return _launch_backward(grad, packed, num_images, num_patches)
-    # index_add_ goes through the tokens in order, whatever the number of threads.
+    # On a CPU index_add_ goes through the tokens in order, whatever the number of threads.
     rows, dim = packed.rows(num_patches), grad.shape[1]
     grad_x = torch.zeros(num_images * num_patches, dim, device=grad.device).index_add_(0, rows, grad.float())
     return grad_x.to(grad.dtype).view(num_images, num_patches, dim)

@@ -42,6 +42,13 @@ def device(request, monkeypatch) -> str:
     return "cuda" if request.param.startswith("cuda") else "cpu"
 
 
+@pytest.fixture(params=["torch", "interpret", GPU_PATHS[0]])
+def reproducible_device(request, monkeypatch) -> str:
+    """As `device`, without PyTorch's forms on a GPU: `index_add_` is made of float atomics there."""
+    monkeypatch.setenv("IJEPA_KERNELS", MODE_OF_PATH[request.param])
+    return "cuda" if request.param == "cuda" else "cpu"
+
+
 @pytest.fixture(params=["interpret", GPU_PATHS[0]])
 def kernel_device(request, monkeypatch) -> str:
     """As `device`, for tests that concern the Triton kernels alone."""

@@ -137,11 +137,12 @@ def test_tokens_in_bf16(device, frozen):
         torch.testing.assert_close(leaf.grad.double(), leaf64.grad, rtol=0, atol=2 * 22 * store_error(torch.bfloat16))
 
 
-def test_two_runs_are_bitwise_equal(device):
-    images = random_images(2, 16, 16, torch.uint8, device=device)
-    packed = random_packed([4] * 12, 4, 2, device=device)
-    leaves = [torch.randn(shape, device=device, requires_grad=True) for shape in [(8, 3, 8, 8), (8,), (4, 8)]]
-    grad = torch.randn(48, 8, device=device)
+def test_two_runs_are_bitwise_equal(reproducible_device):
+    images = random_images(2, 16, 16, torch.uint8, device=reproducible_device)
+    packed = random_packed([4] * 12, 4, 2, device=reproducible_device)
+    shapes = [(8, 3, 8, 8), (8,), (4, 8)]
+    leaves = [torch.randn(shape, device=reproducible_device, requires_grad=True) for shape in shapes]
+    grad = torch.randn(48, 8, device=reproducible_device)
     runs = [torch.autograd.grad(embed_patches(images, packed, *leaves, patch_size=8), leaves, grad) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
@@ -247,6 +248,13 @@ def make(**change):
         ({"images": torch.zeros(2, 3, 8, 8, requires_grad=True)}, "images: want a tensor that requires no gradient"),
         ({"patch_size": 3}, "images: want sides divisible by patch_size = 3, got 8 x 8"),
         ({"mean": (0.5,)}, "mean, std: want 3 numbers each"),
+        ({"mean": None}, "mean, std: want 3 numbers each, .*, got None and"),
+        ({"std": (0.5, None, 1.0)}, "mean, std: want 3 numbers each"),
+        ({"mean": torch.zeros(3)}, "mean, std: want 3 numbers each"),
+        ({"patch_size": 4.0}, "patch_size: want an int, got 4.0"),
+        ({"patch_size": None}, "patch_size: want an int, got NoneType"),
+        ({"packed": Packed.dense(2, 4)._replace(max_seqlen=None)}, "packed.max_seqlen: want an int, got NoneType"),
+        ({"pos_embed": None}, r"pos_embed: want a .* \[4, 5\] tensor on cpu, got NoneType"),
         ({"std": (0.5, 0.0, 1.0)}, "mean, std: want 3 numbers each, .* std positive"),
         ({"dtype": torch.int32}, "dtype: want float32, bfloat16 or float16, got torch.int32"),
         ({"packed": Packed.dense(3, 4)}, r"packed.image: want images in \[0, 1\], got 0 to 2"),
