@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import ema
 from ijepa_kernels.ema import CHUNK, _update_op, ema_update_, ema_update_ref
+from op_proofs import forbidden_sync
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -68,8 +69,7 @@ def test_ten_thousand_steps_follow_float64(device, request, monkeypatch):
         source = goal[0] + noise[step % 100]
         before = target[0].clone()
         ema_update_(target, [source], momentum)
-        if step % 100 == 0:
-            assert_within_one_ulp_of_lerp(target, [before], [source], 1 - momentum)
+        assert_within_one_ulp_of_lerp(target, [before], [source], 1 - momentum)
         exact = momentum * exact + (1 - momentum) * source.double()
         largest = max(largest, exact.abs().max().item())
     error = (target[0].double() - exact).abs().max().item()
@@ -288,7 +288,7 @@ def cases():
             (r"source: want 2 tensors as target has, got 1", ([a, b], [a], 0.9)),
             (r"low_precision: want 1 tensors as target has, got 2", ([a], [b], 0.9, [a, b])),
             (r"target: want a list of tensors, got float32 \[3\]", (a, [b], 0.9)),
-            (r"source\[0\]: want a tensor, got float", ([a], [1.0], 0.9)),
+            (r"source\[0\]: want a tensor, got 1.0", ([a], [1.0], 0.9)),
             (r"target\[0\]: want a fp32, bf16 or fp16 tensor, got int64", ([a.long()], [b], 0.9)),
             (r"source\[0\]: want .* tensor \[3\] on cpu .*, got float32 \[1, 3\]", ([a], [b[None]], 0.9)),
             (r"source\[0\]: want .* tensor \[3\] on cpu .*, got float64", ([a], [b.double()], 0.9)),
@@ -303,6 +303,8 @@ def cases():
             (r"low_precision\[0\]: want memory of its own, got a target's", ([a, c], [b, b], 0.9, [c, b + 1])),
             (r"momentum: want a number in \[0, 1\], got 1.5", ([a], [b], 1.5)),
             (r"momentum: want a number in \[0, 1\], got nan", ([a], [b], math.nan)),
+            (r"momentum: want a number in \[0, 1\], got NoneType", ([a], [b], None)),
+            (r"momentum: want a number in \[0, 1\], got '0.9'", ([a], [b], "0.9")),
             (r"momentum: want a number or a 0-dim .*, got float32 \[1\]", ([a], [b], torch.ones(1))),
             (r"momentum: want it on the device of target or the host", ([a], [b], torch.ones((), device="meta"))),
             (r"target: want every tensor once", ([a, a], [b, b], 0.9)),
@@ -374,14 +376,10 @@ def test_one_launch_and_no_wait_for_the_device():
     target, source = lists("cuda")
     momentum = torch.tensor(0.9, device="cuda")
     ema_update_(target, source, momentum)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            ema_update_(target, source, momentum)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    kernels = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    assert kernels == ["_ema_kernel"]
+    # The profiler itself waits for the device when it starts and stops, and may list more than kernels.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile, forbidden_sync():
+        ema_update_(target, source, momentum)
+    assert sum("_ema_kernel" in event.name for event in profile.events()) == 1
 
 
 @pytest.mark.gpu
