@@ -129,8 +129,9 @@ def _not_triton(case: _Case) -> str | None:
         return "triton is not installed"
     if case.dtype not in (*SIXTEEN_BIT, torch.float32):
         return f"takes {_names((*SIXTEEN_BIT, torch.float32))} only"
-    if case.head_dim > attention_triton.LARGEST_HEAD_DIM:
-        return f"takes head dims up to {attention_triton.LARGEST_HEAD_DIM}"
+    largest = attention_triton.LARGEST_HEAD_DIM[torch.finfo(case.dtype).bits]
+    if case.head_dim > largest:
+        return f"takes head dims up to {largest} in {_names((case.dtype,))}"
     if case.device.type == "cpu" and INTERPRETED:
         return None
     if case.device.type != "cuda" or INTERPRETED:

@@ -73,6 +73,12 @@ def test_order_on_a_gpu(gpu, monkeypatch):
     assert choose(80, torch.bfloat16, CUDA) == "fa3"
 
 
+def test_wide_heads_in_fp32_go_to_a_backend_that_does_not_spill(gpu):
+    assert choose(96, torch.float32, CUDA) == "triton"
+    assert choose(128, torch.float32, CUDA) == "torch"
+    assert choose(128, torch.bfloat16, CUDA, "triton") == "triton"
+
+
 def test_explains_a_gpu(gpu):
     gpu("flash_attn.cute")
     text = explain_backends(88)
@@ -113,8 +119,10 @@ def test_environment_decides_for_auto_alone(mode, taken, gpu, monkeypatch):
 def test_what_cannot_be_used_is_an_error(gpu, monkeypatch):
     with pytest.raises(ValueError, match=r"torch_varlen .* cannot be used for .*, float32 on cuda: takes bfloat16 and"):
         choose(64, torch.float32, CUDA, "torch_varlen")
-    with pytest.raises(ValueError, match=r"backend: triton .* head_dim 136, .*: takes head dims up to 128"):
-        choose(136, torch.float32, CUDA, "triton")
+    with pytest.raises(ValueError, match=r"backend: triton .* head_dim 136, .*: takes head dims up to 128 in bfloat16"):
+        choose(136, torch.bfloat16, CUDA, "triton")
+    with pytest.raises(ValueError, match=r"backend: triton .* head_dim 104, .*: takes head dims up to 96 in float32"):
+        choose(104, torch.float32, CUDA, "triton")
     with pytest.raises(ValueError, match=r"backend: want auto or one of fa3, fa4, .*, got 'fastest'"):
         choose(64, torch.float32, CPU, "fastest")
     monkeypatch.setenv("IJEPA_KERNELS", "fast")
