@@ -1,5 +1,6 @@
 """The harness under bench/: what it may say, and what it must not. No timing is asserted."""
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -202,7 +203,10 @@ def test_every_item_leaves_a_row(tmp_path):
     suite.write_text(SUITE)
     options = ["--device", "cpu", "--threads", "1", "--quick", "--record", str(out)]
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-c", "pyproject.toml", str(suite)]
-    run = subprocess.run([*command, "--benchmark-only", *options], cwd=ROOT, capture_output=True, text=True)
+    # Under pytest-xdist the child would inherit that it is a worker, and pytest-benchmark would measure nothing.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    command = [*command, "--benchmark-only", *options]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 1, run.stdout + run.stderr
     record = json.loads(out.read_text())
     assert [r["status"] for r in record["rows"] if r["op"] == "broken"] == ["error: no data"]
