@@ -12,9 +12,9 @@ help:
 	@echo "make bench   the benchmarks"
 
 demo: .venv/demo.done
-	rm -rf runs/demo
+	rm -rf runs/make_demo
 	$(BIN)/python -m ijepa_fast.demo runs/demo_photographs
-	$(BIN)/python -m ijepa_fast.train --config configs/demo.yaml
+	$(BIN)/python -m ijepa_fast.train --config configs/demo.yaml train.folder=runs/make_demo
 
 test: .venv/dev.done
 	$(BIN)/ruff check .
