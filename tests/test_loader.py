@@ -170,7 +170,7 @@ def damage(path):
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        (damage, r"{path} cannot be decoded: .*; remove it, or put an intact copy there"),
+        (damage, r"{path} cannot be decoded: .*; put an intact copy in its place, touch its folder, and go on"),
         (os.unlink, r"{path} cannot be read any more: No such file or directory"),
         (lambda path: os.truncate(path, 100), r"{path} is not the file that was indexed with \d+ bytes"),
         (lambda path: os.truncate(path, 10**5), r"{path} is not the file that was indexed with \d+ bytes"),

@@ -172,7 +172,10 @@ def _decode(
         return decoder.decode(encoded, boxes, size)
     except DecodeError as error:
         path = index.path(ids[error.position])
-        raise UserError(f"{path} cannot be decoded: {error.reason}; remove it, or put an intact copy there") from error
+        raise UserError(
+            f"{path} cannot be decoded: {error.reason}; put an intact copy in its place, touch its folder, "
+            f"and go on with --resume"
+        ) from error
 
 
 class _Producer:
