@@ -29,6 +29,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -302,10 +303,17 @@ def _checksum(path: Path) -> list[int]:
 
 
 def _write_durably(path: Path, text: str) -> None:
-    with open(path, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    """All of it or nothing, also in place of an earlier file and when the disk is full or the power fails."""
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        with open(temporary, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(path: Path) -> None:
@@ -336,8 +344,12 @@ def export(path: Path, out: Path) -> None:
     }
     dcp.load(weights, storage_reader=reader, no_dist=True)
     temporary = out.with_name(out.name + ".writing")
-    save_file(weights, temporary, metadata={"step": str(read_about(path)["step"]), "format": "pt"})
-    os.replace(temporary, out)
+    try:
+        save_file(weights, temporary, metadata={"step": str(read_about(path)["step"]), "format": "pt"})
+        os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written: {_reason(error)}") from None
 
 
 def main(argv: list[str] | None = None) -> int:

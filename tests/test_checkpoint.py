@@ -442,8 +442,21 @@ def test_the_command_line_lists_verifies_and_exports(two, tmp_path, capsys):
     assert weights.keys() == expected.keys()
     assert all(weights[name].dtype == torch.float32 and torch.equal(weights[name], expected[name]) for name in expected)
 
+    assert checkpoint.main([str(run.path(5)), "--export", str(tmp_path / "nowhere" / "weights")]) == 2
+    assert "weights cannot be written: " in capsys.readouterr().err
     truncate(run.path(5))
     assert checkpoint.main([str(run.path(5))]) == 2
     assert "is damaged" in capsys.readouterr().err
     assert checkpoint.main([str(tmp_path / "nothing")]) == 2
     assert "is neither a checkpoint nor a run folder" in capsys.readouterr().err
+
+
+def test_a_failed_resume_leaves_the_run_as_it_was(two):
+    """config.yaml is written anew on resume, since some keys may change; a full disk must not empty it."""
+    run, _, _ = two
+    kept = run.folder.parent / "config.yaml"
+    kept.write_text(CONFIG.to_yaml())
+    with files_of_at_most(10), pytest.raises(UserError, match="cannot be written"):
+        run.open(new_state(1), CONFIG, resume=True, say=[].append)
+    assert kept.read_text() == CONFIG.to_yaml()
+    assert run.open(new_state(1), CONFIG, resume=True, say=print) == 5
