@@ -25,23 +25,22 @@ REQUEUES = 1000  # time limits a job may run into; a long recipe on a short queu
 class Task:
     """What each process of the job runs. submitit pickles it, and calls `checkpoint` to learn what to requeue."""
 
-    def __init__(self, arguments: list[str], run_folder: Path):
-        self.arguments, self.run_folder = arguments, run_folder
+    def __init__(self, arguments: list[str], run_folder: Path, requeued: bool = False):
+        self.arguments, self.run_folder, self.requeued = arguments, run_folder, requeued
 
     def __call__(self) -> None:
         # All GPUs of the node stay visible: a process takes the one of its local rank.
         submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         arguments = list(self.arguments)
-        # SLURM also starts a job again by itself, with the same arguments, when a node dies.
-        again = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and (self.run_folder / "config.yaml").exists()
-        if again and "--resume" not in arguments:
+        # SLURM also starts a job again by itself, without asking submitit, when a node dies.
+        again = self.requeued or int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+        if again and (self.run_folder / "config.yaml").exists() and "--resume" not in arguments:
             arguments.append("--resume")
         if code := train.main(arguments):
             raise SystemExit(code)
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        arguments = [*self.arguments, *([] if "--resume" in self.arguments else ["--resume"])]
-        return submitit.helpers.DelayedSubmission(Task(arguments, self.run_folder))
+        return submitit.helpers.DelayedSubmission(Task(self.arguments, self.run_folder, requeued=True))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -81,9 +81,9 @@ def wait_for(condition, seconds: float, job) -> None:
 
 
 def warn_tasks(job) -> None:
-    """What SLURM does before it ends a job; submitit's local controller does it only close to the time limit."""
+    """What SLURM does by default before it takes a job's nodes away."""
     for pid in Path(f"/proc/{job._process.pid}/task/{job._process.pid}/children").read_text().split():
-        os.kill(int(pid), signal.SIGUSR2)
+        os.kill(int(pid), signal.SIGTERM)
 
 
 def test_a_preempted_job_goes_on(tmp_path, train, tiny_config, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_preempted_job_goes_on(tmp_path, train, tiny_config, monkeypatch):
     job.wait()
     said = job.stdout() + job.stderr()
     assert job.state == "FINISHED", said
-    assert "SIGUSR2: finishing this step, then saving" in said
+    assert "SIGTERM: finishing this step, then saving" in said
     assert "resumed from" in said
     expected = losses(tmp_path / "undisturbed")
     assert len(expected) == 20
@@ -119,7 +119,14 @@ def test_a_job_that_slurm_restarted_resumes(monkeypatch, tmp_path):
     (tmp_path / "config.yaml").touch()
     task()
     assert ["--resume" in arguments for arguments in seen] == [False, False, True]
-    assert "--resume" in task.checkpoint().function.arguments
+
+    # requeued by submitit: the same, and a job that was preempted before it had begun begins
+    monkeypatch.delenv("SLURM_RESTART_COUNT")
+    requeued = task.checkpoint().function
+    requeued()
+    (tmp_path / "config.yaml").unlink()
+    requeued()
+    assert ["--resume" in arguments for arguments in seen[3:]] == [True, False]
 
     monkeypatch.setattr(launch.train, "main", lambda arguments: 2)
     with pytest.raises(SystemExit, match="2"):
