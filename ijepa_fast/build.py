@@ -110,7 +110,10 @@ class Run:
             compute_dtype=getattr(torch, compute),
             residual_dtype=getattr(torch, model.residual_dtype),
         )
-        return encoder, build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
+        try:
+            return encoder, build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
+        except ValueError as error:
+            raise UserError(f"model.predictor_dim={model.predictor_dim}: {error}") from None
 
     def build_probe(self) -> Probe | None:
         """The probe of data.probe_root, or of the training images where that is not given."""

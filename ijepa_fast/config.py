@@ -5,15 +5,36 @@
 """
 import difflib
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from ijepa_fast.errors import UserError
 
 Range = tuple[float, float]
+
+
+def _path(path: Path) -> Path:
+    if str(path).startswith("$"):
+        raise ValueError(f"{path} is a placeholder: put a path there")
+    return path.expanduser()
+
+
+UserPath = Annotated[Path, AfterValidator(_path)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -64,8 +85,8 @@ class MaskConfig(Section):
 
 
 class DataConfig(Section):
-    root: Path  # a folder of images, at any depth; its sub-folders, if any, are the classes
-    probe_root: Path | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
+    root: UserPath  # a folder of images, at any depth; its sub-folders, if any, are the classes
+    probe_root: UserPath | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
     image_size: Count = 224
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
     decoder: Literal["auto", "dali", "pillow"] = "auto"
@@ -85,22 +106,30 @@ class OptimConfig(Section):
     epochs: Count = 300
     epoch_length: Count | None = None  # updates that count as an epoch; left out: one pass over the images
     warmup_epochs: Annotated[float, Field(ge=0)] = 40
-    start_lr: float = 2e-4
-    lr: float = 1e-3
-    final_lr: float = 1e-6
-    weight_decay: float = 0.04
-    final_weight_decay: float = 0.4
+    start_lr: NotNegative = 2e-4
+    lr: Positive = 1e-3
+    final_lr: NotNegative = 1e-6
+    weight_decay: NotNegative = 0.04
+    final_weight_decay: NotNegative = 0.4
     betas: Range = (0.9, 0.999)
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     momentum: Range = (0.996, 1.0)  # of the EMA, first and last step
     schedule_stretch: Annotated[float, Field(ge=1)] = 1.0  # the schedules end this many times later than the run
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
 
+    @model_validator(mode="after")
+    def _bounds(self) -> "OptimConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("betas must both be at least 0 and below 1")
+        if not all(0 <= momentum <= 1 for momentum in self.momentum):
+            raise ValueError("momentum must be [first, last], both from 0 to 1")
+        return self
+
 
 class TrainConfig(Section):
-    folder: Path = Path("runs/ijepa")  # everything a run writes
-    seed: Annotated[int, Field(ge=0)] = 0
-    init_from: Path | None = None  # a checkpoint whose weights (only) the run starts from
+    folder: UserPath = Path("runs/ijepa")  # everything a run writes
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    init_from: UserPath | None = None  # a checkpoint whose weights (only) the run starts from
     checkpoint_every: Count | None = None  # steps; left out: once an epoch
     keep_last: Count = 3  # checkpoints
 
@@ -155,8 +184,8 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# What may change between a run and its resumption, because what the run computes does not depend on it (micro_batch:
-# only by the order of a sum). All other keys of these sections must be the same.
+# What may change between a run and its resumption, because what the run computes does not depend on it, or hardly:
+# micro_batch changes the order of a sum, decoder at most a grey level. All other keys of these sections stay the same.
 _EXACT = {
     "model": set(),
     "mask": set(),
@@ -171,6 +200,8 @@ def check_same_run(old: Config, new: Config, where: Path) -> None:
     for section, free in _EXACT.items():
         before, after = getattr(old, section).model_dump(mode="json"), getattr(new, section).model_dump(mode="json")
         for key in before:
+            if (section, key) == ("data", "root") and os.path.realpath(before[key]) == os.path.realpath(after[key]):
+                continue  # another name of the same folder
             if key not in free and before[key] != after[key]:
                 raise UserError(
                     f"{where} was written with {section}.{key}={before[key]}, not {after[key]}: "
