@@ -18,6 +18,7 @@ from ijepa_fast.parallel import World
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 CROPS = 20  # of each half of a photograph in `crop_knn`
+CLASS_AT_LEAST = 4  # images of a class that a probe wants
 HELD_OUT = 5  # one image in so many of each class is a query, the rest are the bank
 
 
@@ -48,11 +49,15 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Ten
 def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a labelled set: indices of bank and of queries, int64, every class in both where it has two images.
 
-    Takes at most `most` images, evenly over the set. Raises UserError where no class has two.
+    Takes at most `most` images, evenly over the set; of a set with more than `most` / 4 classes, from that many of
+    them, since one image a class would leave nothing to vote. Raises UserError where no class has two.
     """
-    chosen = np.unique(np.linspace(0, len(labels) - 1, min(most, len(labels))).astype(np.int64))
+    classes = np.unique(labels)
+    classes = classes[_evenly(len(classes), max(most // CLASS_AT_LEAST, 1))]
+    chosen = np.flatnonzero(np.isin(labels, classes))
+    chosen = chosen[_evenly(len(chosen), most)]
     bank, queries = [], []
-    for label in np.unique(labels[chosen]):
+    for label in classes:
         members = chosen[labels[chosen] == label]
         is_query = np.arange(len(members)) % HELD_OUT == HELD_OUT - 1
         if not is_query.any() and len(members) > 1:
@@ -62,6 +67,11 @@ def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     if not sum(map(len, queries)):
         raise UserError(f"a k-NN probe needs a class with two images; among {len(chosen)} images there is none")
     return np.concatenate(bank), np.concatenate(queries)
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most `most` of the positions 0 ... count - 1, evenly, int64."""
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
 
 @torch.no_grad()
@@ -123,7 +133,7 @@ def build_probe(
     except UserError:
         if must_have_labels:
             raise
-        ids = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(np.int64))
+        ids = _evenly(len(index), most)
         return Probe(index, None, ids, read_batches, world)
     return Probe(index, split, np.concatenate(split), read_batches, world)
 
@@ -138,7 +148,7 @@ def crop_knn(
     pixel. Beside each encoder stand "chance" and "mean colour" (the crop's mean RGB as its feature). Also returns
     the number of photographs: at most `most`, spread evenly over `index`.
     """
-    ids = np.unique(np.linspace(0, len(index) - 1, min(most, len(index))).astype(np.int64))
+    ids = _evenly(len(index), most)
     bank = _half_crops(index, ids, 0, decoder, reader, image_size)
     queries = _half_crops(index, ids, 1, decoder, reader, image_size)
     labels = torch.arange(len(ids), device=device).repeat_interleave(CROPS)

@@ -121,8 +121,16 @@ def test_held_out_takes_images_from_the_whole_set():
     assert np.diff(ids).max() <= 26
 
 
+def test_held_out_of_very_many_classes_takes_some_whole_enough_to_vote():
+    bank, queries = held_out(np.arange(6000) // 6, 100)
+    labels = np.concatenate([bank, queries]) // 6
+    assert len(labels) == 100
+    assert len(np.unique(labels)) == 25
+    assert len(queries) == 25
+
+
 def test_held_out_without_a_class_of_two():
-    with pytest.raises(UserError, match="needs a class with two images; among 3 images there is none"):
+    with pytest.raises(UserError, match="needs a class with two images; among 2 images there is none"):
         held_out(np.array([0, 1, 2]), 10)
 
 
