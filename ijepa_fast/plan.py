@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -218,13 +219,14 @@ def plan(
     """What `strategy` does at its best on `gpus` GPUs; `images` (of the training set) gives the days of the recipe."""
     batch = config.optim.global_batch_size
     share, room = batch // gpus, gpu.memory * 2**30 * (1 - RESERVED)
-    shards = {"fsdp": gpus, "hsdp": min(NODE, gpus)}.get(strategy, 1)
+    shards = {"fsdp": gpus, "hsdp": min(config.parallel.shard_size or NODE, gpus)}.get(strategy, 1)
     residual = 2 if config.model.residual_dtype == "bfloat16" else 4
+    compute = 4 if config.model.compute_dtype == "float32" else 2
 
     def need(micro_batch: int) -> Memory:
         return memory(
             model, strategy, shards, micro_batch, checkpointing,
-            accumulates=micro_batch < share, compute=2, residual=residual,
+            accumulates=micro_batch < share, compute=compute, residual=residual,
         )  # fmt: skip
 
     fitting = [n for n in range(1, share + 1) if share % n == 0 and need(n).total <= room]
@@ -341,19 +343,19 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
         if not 0 < args.mfu <= 1:
             raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
-    except UserError as error:
+        known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
+        images = args.images or next(known, None)
+        model, gpu = describe(config), GPUS[args.gpu]
+        plans = [
+            plan(config, model, gpu, args.gpus, strategy, checkpointing, args.mfu, images)
+            for strategy in strategies(args.gpus)
+            for checkpointing in ("none", "selective", "full")
+        ]
+        if args.out:
+            draw(config, model, gpu, args.gpu, args.mfu, args.out)
+    except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
-    images = args.images or next(known, None)
-    model, gpu = describe(config), GPUS[args.gpu]
-    plans = [
-        plan(config, model, gpu, args.gpus, strategy, checkpointing, args.mfu, images)
-        for strategy in strategies(args.gpus)
-        for checkpointing in ("none", "selective", "full")
-    ]
-    if args.out:
-        draw(config, model, gpu, args.gpu, args.mfu, args.out)
     if args.json:
         print(json.dumps([asdict(p) for p in plans], indent=1))
         return 0
@@ -364,15 +366,15 @@ def main(argv: list[str] | None = None) -> int:
         f"{model.encoder_parameters / 1e6:.0f} M + {model.predictor_parameters / 1e6:.0f} M parameters; "
         f"an image is {model.flops('none') / 1e9:.0f} GFLOP, {tokens}"
     )
-    table = Table("strategy", "checkpointing")
-    for column in ("micro-batch", "GiB a GPU", "model", "activations", "compute s", "traffic s", "images/s", "days"):
-        table.add_column(column, justify="right")
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("strategy, keeps", no_wrap=True, min_width=16)
+    for column in ("batch", "GiB", "model", "acts", "calc", "comm", "images/s", "days"):
+        table.add_column(column, justify="right", no_wrap=True)
     for p in plans:
         held = p.memory_gib["total"] - p.memory_gib["activations"] - p.memory_gib["data"]
         table.add_row(
-            p.strategy,
-            p.checkpointing,
-            str(p.micro_batch) if p.fits else "none fits",
+            f"{p.strategy}, {p.checkpointing}",
+            str(p.micro_batch) if p.fits else "-",
             f"{p.memory_gib['total']:.1f}",
             f"{held:.1f}",
             f"{p.memory_gib['activations']:.1f}",
@@ -383,9 +385,10 @@ def main(argv: list[str] | None = None) -> int:
         )
     console.print(table)
     console.print(
-        f"micro-batch: the largest that fits in {1 - RESERVED:.0%} of {gpu.memory:.0f} GiB. Seconds are of an update, "
-        f"images/s and days predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s, links of "
-        f"{gpu.node_link:.0f} GB/s in a node and {gpu.network:.0f} between nodes, the longer of compute and traffic."
+        f"batch: the largest micro-batch that fits in {1 - RESERVED:.0%} of {gpu.memory:.0f} GiB. GiB: of a GPU, of "
+        f"them model and activations. calc, comm: seconds that an update takes to compute and to send. These, images/s "
+        f"and days are predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s, links of "
+        f"{gpu.node_link:.0f} GB/s in a node and {gpu.network:.0f} between nodes, the longer of the two."
     )
     return 0
 
