@@ -164,10 +164,10 @@ def draw_curves(folder: Path) -> Path:
 
 
 def _smoothed(values: list[float], span: int = 25) -> list[float]:
-    mean, smoothed = values[0], []
+    smoothed: list[float] = []
     for value in values:
-        mean += (value - mean) * 2 / (span + 1)
-        smoothed.append(mean)
+        before = smoothed[-1] if smoothed else value
+        smoothed.append(before + (value - before) * 2 / (span + 1))
     return smoothed
 
 

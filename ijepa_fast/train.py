@@ -90,6 +90,9 @@ def main(argv: list[str] | None = None) -> int:
         time.sleep(1)  # the other rank's own error comes first; torchrun, having seen it, may end this one meanwhile
         print(f"error: {rank}{sentence}", file=sys.stderr)
         return 1
+    except OSError as error:  # of log files and pictures: the disk is full, or the folder went away
+        print(f"error: {rank}{error.filename or config.train.folder}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"{rank}interrupted; --resume goes on from the last checkpoint, if there is one", file=sys.stderr)
         return 130
