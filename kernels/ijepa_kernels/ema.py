@@ -170,6 +170,8 @@ def _update_triton(target, source, low_precision, momentum, device_momentum) -> 
     on_device = device_momentum is not None
     with torch.cuda.device_of(target[0]):
         for table, dtypes in plan.launches:
+            if table.is_cuda:  # a plan may be dropped while another stream than the table's own still reads it
+                table.record_stream(torch.cuda.current_stream())
             _ema_kernel[(table.shape[0],)](
                 table, 1 - momentum, device_momentum, **dtypes, ON_DEVICE=on_device, CHUNK=CHUNK, num_warps=NUM_WARPS
             )

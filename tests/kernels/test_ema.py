@@ -383,6 +383,29 @@ def test_one_launch_and_no_wait_for_the_device():
 
 
 @pytest.mark.gpu
+def test_a_table_outlives_its_plan_on_another_stream(monkeypatch):
+    """A plan is made on one stream and dropped before another one has read its table: that memory is not given out."""
+    monkeypatch.setattr(ema, "_plans", {})
+    target, source = lists("cuda")
+    ema_update_(target, source, 0.9)
+    (plan,) = ema._plans.values()
+    address, size = plan.launches[0][0].data_ptr(), plan.launches[0][0].shape
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    before = clones(target)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(1_000_000_000)
+        ema_update_(target, source, 0.9)
+    del plan
+    ema._plans.clear()
+    others = [torch.empty(size, dtype=torch.int64, device="cuda") for _ in range(1000)]
+    assert address not in {other.data_ptr() for other in others}
+    torch.cuda.synchronize()
+    assert_within_one_ulp_of_lerp(target, before, source, 0.1)
+
+
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     size = 2**31 + CHUNK + 5
     target = torch.zeros(size, device="cuda")
