@@ -41,13 +41,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "optim.micro_batch=64. What a run writes is in train.folder: config.yaml, log.csv, log.jsonl, tensorboard/, "
         "curves.png, masks.png and checkpoints/. Ctrl-C or SIGTERM finishes the step, saves and leaves.",
     )
-    parser.add_argument(
-        "--config", required=True, help="a YAML file: of configs/, your own, or a released I-JEPA one"
-    )
+    parser.add_argument("--config", required=True, help="a YAML file: of configs/, your own, or a released I-JEPA's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on, exactly, from the latest checkpoint in train.folder"
-    )
+    parser.add_argument("--resume", action="store_true", help="go on, exactly, from train.folder's latest checkpoint")
     parser.add_argument("--print-config", action="store_true", help="print every key and its value, and leave")
     parser.add_argument(
         "--dry-run",
@@ -105,7 +101,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     probe = run.build_probe()  # before a run folder is made, which a mistake in it would leave behind
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, run.index.fingerprint())
     first = done = checkpoints.open(run.state, config, resume=resume, say=console.print)
-    save_every = config.train.checkpoint_every or run.schedule.steps_per_epoch
+    total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     window: list[tuple[Tensor, dict[str, Any]]] = []  # updates whose loss is still on the device
 
     with (
@@ -114,22 +110,20 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
         contextlib.closing(
             RunLog(config.train.folder, first, tensorboard=config.log.tensorboard, active=world.is_main)
         ) as log,
-        contextlib.closing(
-            Bar(console, first, run.total_steps, config.optim.epochs, shown=config.log.progress)
-        ) as bar,
+        contextlib.closing(Bar(console, first, total, config.optim.epochs, shown=config.log.progress)) as bar,
     ):
-        batches = loader.batches(first, run.total_steps)
+        batches = loader.batches(first, total)
         if probe is not None and first == 0:
             look(run, probe, 0, log, console)
         meter = Meter(loader.wait_s)
-        for step in range(first, run.total_steps):
+        for step in range(first, total):
             loss, numbers, tokens = update(run, step, batches)
             window.append((loss, numbers))
             meter.add(config.optim.global_batch_size, tokens)
             done = step + 1
             bar.advance(done)
 
-            end = done == run.total_steps
+            end = done == total
             leave = world.any(stop.requested or checkpoints.failed) or end
             save_now = leave or done % save_every == 0
             look_now = probe is not None and (end or done % config.log.probe_every == 0)
@@ -148,8 +142,8 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
 
     if world.is_main:
         draw(run, checkpoints, console)
-    if done < run.total_steps:
-        console.print(f"Stopped after step {done} of {run.total_steps}. The same command with --resume goes on.")
+    if done < total:
+        console.print(f"Stopped after step {done} of {total}. The same command with --resume goes on.")
     elif config.log.crop_knn and len(run.index) > 1:
         show_crop_knn(run, console)
     world.barrier()

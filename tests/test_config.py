@@ -155,6 +155,13 @@ def test_every_unknown_key_is_named_at_once(tmp_path):
         ("optim.epochs=true", ["optim.epochs: True is a truth value"]),  # and to Python 1
         ("optim.lr=fast", ["optim.lr='fast'", "number"]),
         ("optim.lr=.nan", ["optim.lr=nan", "finite"]),
+        ("optim.lr=-1", ["optim.lr=-1", "greater than 0"]),
+        ("optim.eps=0", ["optim.eps=0", "greater than 0"]),
+        ("optim.weight_decay=-0.1", ["optim.weight_decay=-0.1", "greater than or equal to 0"]),
+        ("optim.betas=[0.9, 1.0]", ["optim: betas must both be at least 0 and below 1"]),
+        ("optim.momentum=[0.9, 1.5]", ["optim: momentum must be [first, last], both from 0 to 1"]),
+        ("train.seed=9223372036854775808", ["train.seed=9223372036854775808", "less than"]),
+        ("train.folder=$put_a_path_here", ["train.folder: $put_a_path_here is a placeholder"]),
         ("optim.lr=false", ["optim.lr: False is a truth value"]),
         ("optim.momentum=0.9", ["optim.momentum=0.9", "list of two numbers"]),
         ("optim.momentum=[0.9]", ["optim.momentum"]),
@@ -292,3 +299,13 @@ def test_values_survive_yaml(tmp_path):
     config = validate({"data": {"root": "a"}, **{s: OTHER[s] for s in OTHER if s != "data"}}, "other")
     assert yaml.safe_load(config.to_yaml())["optim"]["momentum"] == [0.99, 1.0]
     assert load(config.to_yaml(), folder=tmp_path) == config
+
+
+def test_paths_expand_the_home_folder_and_one_folder_has_many_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = load("data: {root: ~/images}", "train.folder=~/run", folder=tmp_path)
+    assert (config.data.root, config.train.folder) == (tmp_path / "images", tmp_path / "run")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "same").symlink_to(tmp_path / "images")
+    other = load(f"data: {{root: {tmp_path}/same}}", "train.folder=~/run", folder=tmp_path)
+    check_same_run(config, other, tmp_path)
