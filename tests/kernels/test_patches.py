@@ -162,6 +162,25 @@ def test_packed_equals_one_image_at_a_time(device, lengths, seed):
         assert torch.equal(out[ends[s] : ends[s + 1]], gather_patches(images[b : b + 1], one, patch_size=4))
 
 
+def test_packed_tokens_and_gradients_equal_one_image_at_a_time(device):
+    """The gradients of a batch are the sums of its images' own."""
+    images, packed, *leaves = inputs(device, lengths=(5, 0, 12, 1))
+    out = embed_patches(images, packed, *leaves, patch_size=4)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    ends = packed.cu_seqlens.tolist()
+    sums = [torch.zeros_like(leaf) for leaf in leaves]
+    for s, b in enumerate(packed.image.tolist()):
+        rows = slice(ends[s], ends[s + 1])
+        one = Packed.from_masks([packed.indices[None, rows]], 12)
+        alone = embed_patches(images[b : b + 1], one, *leaves, patch_size=4)
+        # A library sums another number of rows in another order: 48 products, partial sums below 64.
+        torch.testing.assert_close(alone, out[rows], rtol=0, atol=48 * 64 * 2**-24)
+        for total, part in zip(sums, torch.autograd.grad(alone, leaves, grad[rows]), strict=True):
+            total += part
+    for total, whole in zip(sums, torch.autograd.grad(out, leaves, grad), strict=True):
+        torch.testing.assert_close(total, whole, rtol=0, atol=18 * 32 * 2**-24)  # 18 terms, partial sums below 32
+
+
 def inputs(device, lengths=(5, 0, 12, 1), dim=16, patch_size=4, kind=torch.uint8):
     images = random_images(2, 3 * patch_size, 4 * patch_size, kind, device=device)
     packed = random_packed(lengths, 12, 2, device=device)

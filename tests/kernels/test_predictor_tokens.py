@@ -74,6 +74,29 @@ def test_matches_a_loop_in_float64(device, context_lengths, target_lengths, cont
         torch.testing.assert_close(leaf.grad.double(), want, rtol=store_error(dtype), atol=atol)
 
 
+def test_packed_equals_one_context_at_a_time(device):
+    """Tokens bit for bit, and the gradients of each context; the mask token's and positions' are the sums."""
+    lengths, target_lengths, context_of = [3, 0, 6], [2, 4, 3, 1, 0, 5], [0, 1, 2, 2, 1, 0]
+    leaves, context, target, _ = packs = sample(lengths, target_lengths, context_of, 24, device=device)
+    tokens, cu_seqlens, _ = predictor_tokens(*packs[0], *packs[1:])
+    grad = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3)).to(device)
+    whole = torch.autograd.grad(tokens, leaves, grad)
+    ends, from_, to = (x.tolist() for x in (cu_seqlens, context.cu_seqlens, target.cu_seqlens))
+    sums = [torch.zeros_like(leaf) for leaf in leaves]
+    for c in range(len(lengths)):
+        users = [s for s, other in enumerate(context_of) if other == c]
+        visible = Packed.from_masks([context.indices[None, from_[c] : from_[c + 1]]], 30)
+        hidden = Packed.from_masks([target.indices[None, to[s] : to[s + 1]] for s in users], 30)
+        rows = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in users]).to(device)
+        alone, _, _ = predictor_tokens(leaves[0][from_[c] : from_[c + 1]], *leaves[1:], visible, hidden)
+        assert torch.equal(alone, tokens[rows])
+        for total, part in zip(sums, torch.autograd.grad(alone, leaves, grad[rows]), strict=True):
+            total += part
+    assert torch.equal(sums[0], whole[0])
+    for total, part in zip(sums[1:], whole[1:], strict=True):
+        torch.testing.assert_close(total, part, rtol=0, atol=24 * 16 * 2**-24)  # up to 24 terms, partial sums below 16
+
+
 def test_matches_by_image(device):
     leaves, context, target, context_of = sample([3, 5, 2], [2, 4, 3] * 2, [2, 0, 1, 1, 2, 0], 16, device=device)
     by_image = predictor_tokens(*leaves, context, target)
