@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import register, tl, triton, use_triton
-from .packed import FLOATS, Packed, check_packed, check_tensor, check_whole, is_number
+from .packed import FLOATS, Packed, check_packed, check_tensor, check_whole, describe, is_number
 from .shipped import Shipped
 from .tokens import gather_tokens
 
@@ -367,13 +367,15 @@ def _check(
     images: Tensor, packed: Packed, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> int:
     """Everything that both ops take; returns the number of channels."""
+    for name, value in (("mean", mean), ("std", std)):  # float images have no use for them, the op's schema has
+        if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
+            raise ValueError(f"{name}: want a list of numbers, one a channel, got {describe(value)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint8:
         check_tensor("images", images, "B, H, W, C", (torch.uint8,))
         _, height, width, channels = images.shape
         if not 1 <= channels <= MAX_CHANNELS:
             raise ValueError(f"images: want 1 to {MAX_CHANNELS} channels in uint8 [B, H, W, C], got {channels}")
-        numbers = [isinstance(v, (list, tuple)) and len(v) == channels and all(map(is_number, v)) for v in (mean, std)]
-        if not all(numbers) or min(std) <= 0:
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
             raise ValueError(
                 f"mean, std: want {channels} numbers each, one a channel of images [B, H, W, C], std positive, "
                 f"got {mean} and {std}"
