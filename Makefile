@@ -7,7 +7,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 .PHONY: help demo test bench
 
 help:
-	@echo "make demo    pretrain I-JEPA on ten real photographs, in about four minutes on two CPU cores"
+	@echo "make demo    pretrain I-JEPA on ten real photographs, in about three minutes on two CPU cores"
 	@echo "make test    the linter and all tests that need no GPU"
 	@echo "make bench   the benchmarks"
 
