@@ -81,8 +81,9 @@ class PillowDecoder:
 def build_decoder(name: Literal["auto", "dali", "pillow"], threads: int, device: torch.device | str = "cpu") -> Decoder:
     """The decoder `name` for training on `device`. "auto": DALI for CUDA where it is installed, else Pillow.
 
-    DALI on a CPU is no general gain (ms of CPU time an image at 224 px on 2 AVX2 cores, Pillow / DALI: 1.2 / 0.8 for
-    JPEGs of 160 x 213, 1.9 / 2.4 for 500 x 375, 12 / 9 for 1600 x 1200), and its import takes a second.
+    DALI on a CPU is no general gain, and its import takes a second. Median ms an image at 224 px, one thread of an
+    AVX-512 Xeon, Pillow / DALI (bench/test_bench_data.py): 1.2 / 1.1 for JPEGs of 160 x 213, 2.3 / 3.0 for 500 x 375,
+    12.7 / 10.6 for 1600 x 1200.
     """
     cuda = torch.device(device).type == "cuda"
     if name == "pillow" or (name == "auto" and not cuda):

@@ -1,7 +1,7 @@
 """The plain PyTorch form of varlen_attention: what a CPU runs, and IJEPA_KERNELS=torch anywhere.
 
 There are two ways through a run of neighbouring sequences of one length. Measured in fp32 with torch 2.13 on one thread
-of an AVX2 machine, forward and backward, head dims 24 to 80, each against the other:
+of an AVX-512 Xeon, forward and backward, head dims 24 to 80, each against the other:
 
     one fused call for the run       equal lengths on several threads; more than 128 tokens
     matrix products, one sequence    up to 128 tokens, for a single sequence or on a single thread: in 0.6 to 0.8 of
