@@ -1,15 +1,15 @@
 """The plain PyTorch form of varlen_attention: what a CPU runs, and IJEPA_KERNELS=torch anywhere.
 
-There are two ways through a run of neighbouring sequences of one length. Measured in fp32 with torch 2.13 on one thread
-of an AVX-512 Xeon, forward and backward, head dims 24 to 80, each against the other:
+There are two ways through neighbouring sequences of one length: the fused call, which keeps no weights, and matrix
+products over a group of sequences whose weights stay in the cache. Time of the products over that of the fused call,
+fp32, torch 2.13, two cores of an AVX2 EPYC, 3000 tokens, forward and backward at 3 to 16 heads of 24 to 80 (one thread:
+0.1 more):
 
-    one fused call for the run       equal lengths on several threads; more than 128 tokens
-    matrix products, one sequence    up to 128 tokens, for a single sequence or on a single thread: in 0.6 to 0.8 of
-    at a time                        the time at head dims 64 and 80, 0.7 to 1.0 at 24 and 32 (1.1 at 24 and 128 tokens)
+    tokens a sequence           8 to 32        48         64         90        128        196
+    neighbours of one length  0.2 to 0.8  0.6 to 0.9 0.7 to 0.9 0.7 to 0.9 0.7 to 0.9 0.8 to 1.0
+    a single sequence         0.9 to 1.4  0.8 to 1.1 0.8 to 1.1 0.8 to 1.0 0.8 to 0.9 0.8 to 0.9
 
-The products copy nothing (one head of one sequence is a strided matrix) and are spared the flash kernel's poor
-remainders (lengths that are no multiple of 16); but each is a parallel region over the heads of one sequence alone, so
-that several threads get through a run of many sequences better in one call.
+Forward alone the two are equal between 64 and 160 tokens, and the fused call is faster above.
 
 Sequences of one length that are not neighbours are not brought together: the gather and its way back cost more than
 the calls they save (16 to 64 sequences of 60 to 196 tokens, forward and backward: 1.1 to 1.4 times the time).
@@ -23,7 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-LONGEST_PRODUCT = 128  # tokens; above it the fused call wins on one thread too
+LONGEST_PRODUCT = 256  # tokens; above, the fused call is nearly as fast, without the memory that weights take
+LONGEST_PRODUCT_INFERENCE = 128
+SHORTEST_SINGLE = 48  # tokens of a sequence between others of another length; below, calls cost more than work
+GROUP_BYTES = 1_000_000  # of a group's weights
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -40,27 +43,29 @@ def _is_wide(x: Tensor) -> bool:
 class _Run(NamedTuple):
     count: int  # sequences
     length: int  # of each
-    fused: bool  # one call for all; else `count` is 1 and the weights are materialised
+    fused: bool  # one call; else the weights are materialised
 
     def tokens(self) -> int:
         return self.count * self.length
 
     def view(self, x: Tensor) -> Tensor:
-        """This run's rows [tokens, heads, head_dim] with the heads in front: [(count,) heads, length, head_dim]."""
-        return x.unflatten(0, self[:2]).transpose(1, 2) if self.fused else x.transpose(0, 1)
+        """This run's rows [tokens, heads, head_dim] with the heads in front: [count, heads, length, head_dim]."""
+        return x.unflatten(0, self[:2]).transpose(1, 2)
 
 
-def _runs(q: Tensor, cu_seqlens: Tensor, save_memory: bool) -> list[_Run]:
-    """The runs of equal-length neighbours, less the empty sequences."""
-    runs = []
-    for length, group in groupby(n for n in cu_seqlens.diff().tolist() if n):
-        count = len(list(group))
-        few = count == 1 or torch.get_num_threads() == 1
+def _runs(q: Tensor, cu_seqlens: Tensor, *, save_memory: bool, keep: bool) -> list[_Run]:
+    """The runs of equal-length neighbours, less the empty sequences; those to materialise in groups."""
+    runs, element = [], torch.finfo(torch.promote_types(q.dtype, torch.float32)).bits // 8
+    longest = LONGEST_PRODUCT if keep else LONGEST_PRODUCT_INFERENCE
+    for length, run in groupby(n for n in cu_seqlens.diff().tolist() if n):
+        count = len(list(run))
+        slow = length > longest or (count == 1 and length < SHORTEST_SINGLE)
         # Products of 16-bit matrices are slow on a CPU, and round the weights.
-        if _can_fuse(q) and (save_memory or not (few and _is_wide(q) and length <= LONGEST_PRODUCT)):
+        if _can_fuse(q) and (save_memory or not _is_wide(q) or slow):
             runs.append(_Run(count, length, True))
-        else:
-            runs += [_Run(1, length, False)] * count
+            continue
+        most = max(1, GROUP_BYTES // (element * q.shape[1] * length**2))
+        runs += [_Run(min(most, count - first), length, False) for first in range(0, count, most)]
     return runs
 
 
@@ -71,9 +76,19 @@ def _parts(runs: list[_Run], *tensors: Tensor) -> Iterator[tuple[_Run, list[Tens
         yield run, [run.view(part) for part in parts]
 
 
+def _stack(x: Tensor) -> Tensor:
+    """[count, heads, ...] as the batch of `bmm`: a view of a single sequence, a copy of several."""
+    return x.flatten(0, 1)
+
+
 def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """softmax(scale * q k^T), [heads, length, length]."""
+    """softmax(scale * q k^T), [count * heads, length, length]."""
     return torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale).softmax(-1)
+
+
+def _multiply_into(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """out [count, heads, m, n] = scale * a b, of `_stack`s; not by `out=`, which is slow where rows are apart."""
+    out.copy_(torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale).view(out.shape))
 
 
 def forward(
@@ -96,17 +111,17 @@ def forward(
         out, kept = forward(*wide, cu_seqlens, scale, save_memory=save_memory, keep=keep)
         return out.to(q.dtype), kept
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    kept = []
+    runs, kept = _runs(q, cu_seqlens, save_memory=save_memory, keep=keep), []
     with torch.autocast(q.device.type, enabled=False):  # the dtype is the caller's choice, and `out=` takes no other
-        for run, (run_q, run_k, run_v, run_out) in _parts(_runs(q, cu_seqlens, save_memory), q, k, v, out):
+        for run, (run_q, run_k, run_v, run_out) in _parts(runs, q, k, v, out):
             if run.fused:
                 result, lse = _flash(run_q, run_k, run_v, 0.0, False, attn_mask=None, scale=scale)
                 run_out.copy_(result)
                 if keep:
                     kept.append(lse)
             else:
-                weights = _weights(run_q, run_k, scale)
-                torch.bmm(weights, run_v, out=run_out)
+                weights = _weights(_stack(run_q), _stack(run_k), scale)
+                _multiply_into(run_out, weights, _stack(run_v))
                 if keep and not save_memory:
                     kept.append(weights)
     return out, kept
@@ -129,24 +144,22 @@ def backward(
         wide = (x.float() for x in (grad, q, k, v, out))
         return tuple(x.to(q.dtype) for x in backward(*wide, kept, cu_seqlens, scale, save_memory=save_memory))
     grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
-    kept = iter(kept)
+    runs, kept = _runs(q, cu_seqlens, save_memory=save_memory, keep=True), iter(kept)
     with torch.autocast(q.device.type, enabled=False):
-        for run, (run_grad, *qkv, run_out, dq, dk, dv) in _parts(
-            _runs(q, cu_seqlens, save_memory), grad, q, k, v, out, *grads
-        ):
-            run_q, run_k, run_v = qkv
+        for run, (run_grad, *qkv, run_out, dq, dk, dv) in _parts(runs, grad, q, k, v, out, *grads):
             if run.fused:
                 lse = next(kept)
                 results = _flash_backward(run_grad, *qkv, run_out, lse, 0.0, False, attn_mask=None, scale=scale)
                 for to, value in zip((dq, dk, dv), results, strict=True):
                     to.copy_(value)
             else:
+                run_grad, run_q, run_k, run_v = map(_stack, (run_grad, *qkv))
                 weights = _weights(run_q, run_k, scale) if save_memory else next(kept)
-                torch.bmm(weights.transpose(1, 2), run_grad, out=dv)
+                _multiply_into(dv, weights.transpose(1, 2), run_grad)
                 grad_weights = torch.bmm(run_grad, run_v.transpose(1, 2))
                 grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-                torch.baddbmm(dq, grad_logits, run_k, beta=0, alpha=scale, out=dq)
-                torch.baddbmm(dk, grad_logits.transpose(1, 2), run_q, beta=0, alpha=scale, out=dk)
+                _multiply_into(dq, grad_logits, run_k, scale)
+                _multiply_into(dk, grad_logits.transpose(1, 2), run_q, scale)
     return grads
 
 
@@ -164,7 +177,7 @@ def backward_with_lse(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `backward`, given what `forward_with_lse` kept."""
     heads = q.shape[1]
-    runs = [run for run in _runs(q, cu_seqlens, True) if run.fused]
+    runs = [run for run in _runs(q, cu_seqlens, save_memory=True, keep=True) if run.fused]
     rows = lse.view(-1).split([run.tokens() * heads for run in runs]) if runs else ()
     kept = [x.view(run.count, heads, run.length) for run, x in zip(runs, rows, strict=True)]
     return backward(grad, q, k, v, out, kept, cu_seqlens, scale, save_memory=True)

@@ -17,7 +17,7 @@ LENGTHS = {
     "empty at both ends": [0, 4, 4, 0],
     "all empty": [0, 0],
     "no sequence": [],
-    "several tiles": [130],  # too long for the CPU's matrix products, and three tiles of 64 rows
+    "several tiles": [130],  # three of 64 rows
 }
 
 # Of the largest element. fp32: sums of at most 130 products, each off by a few 6e-8; on a GPU tf32x3 drops terms of
@@ -60,8 +60,8 @@ def assert_near(actual, expected, dtype):
             assert error <= TOLERANCE[dtype] * e.abs().max().item()
 
 
-# -> IJEPA_KERNELS. The PyTorch form has two ways through a CPU, and one through any other device.
-PATHS = {"products": "torch", "fused": "torch", "elsewhere": "torch", "interpret": "interpret"}
+# -> IJEPA_KERNELS. The PyTorch form has two ways through a CPU, and both in one call; and one through any other device.
+PATHS = {"products": "torch", "fused": "torch", "mixed": "torch", "elsewhere": "torch", "interpret": "interpret"}
 GPU_PATHS = {"cuda": "triton", "cuda-torch": "torch"}
 
 
@@ -71,8 +71,15 @@ def device(request, monkeypatch):
     monkeypatch.setenv("IJEPA_KERNELS", (PATHS | GPU_PATHS)[request.param])
     if request.param == "elsewhere":
         monkeypatch.setattr(attention_torch, "_can_fuse", lambda x: False)
+    if request.param in ("products", "mixed"):
+        monkeypatch.setattr(attention_torch, "SHORTEST_SINGLE", 0)
     if request.param == "fused":
         monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT", 0)
+        monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT_INFERENCE", 0)
+    if request.param == "mixed":  # up to 20 tokens products, of two heads in groups of two sequences of 7
+        monkeypatch.setattr(attention_torch, "GROUP_BYTES", 2 * 2 * 7**2 * 4)
+        monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT", 20)
+        monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT_INFERENCE", 20)
     return "cuda" if request.param in GPU_PATHS else "cpu"
 
 
@@ -163,6 +170,7 @@ def test_packed_equals_one_sequence_at_a_time(device):
 def test_gradcheck(longest_product, monkeypatch):
     monkeypatch.setenv("IJEPA_KERNELS", "torch")
     monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT", longest_product)
+    monkeypatch.setattr(attention_torch, "SHORTEST_SINGLE", 0)
     qkv, cu_seqlens = packed_qkv([2, 0, 3, 3, 1], 2, 8, torch.float64)
     q, k, v = (x.clone().requires_grad_() for x in qkv.unbind(1))
     assert torch.autograd.gradcheck(lambda *x: varlen_attention(*x, cu_seqlens, 4), (q, k, v))
