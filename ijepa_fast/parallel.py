@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast.config import Config
 from ijepa_fast.errors import SharedError, UserError
+from ijepa_fast.memory import keep_freed_memory
 from ijepa_fast.model import Block, LayerNorm
 
 # What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
@@ -186,6 +187,8 @@ def start(config: Config) -> Iterator[World]:
     # Sums of floats depend on the number of threads that share them, so it is pinned: part of a run's exactness.
     torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     device = _device(local_rank, local_size)
+    if device.type == "cpu":
+        keep_freed_memory()
     strategy = _strategy(config, size, device)
     if strategy == "single":
         yield World(rank, size, device, strategy, local_rank=local_rank)
