@@ -26,6 +26,7 @@ class Variant:
     make: Callable[[], Call]
     gate: Callable[[], None] | None = None  # instead of Case.check on the call's first result
     graph: bool = True  # whether a CUDA graph can capture the call
+    before: Callable[[], object] = lambda: None  # called before each sample, untimed
     info: Callable[[Timing], dict[str, Any]] | None = None  # further fields of its row
 
 
@@ -65,13 +66,14 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
         return build_sampler(variant.make, device, first=call, nbytes=case.nbytes or 0, graph=variant.graph)
 
     samplers, failed = attempt(calls, sampler)
+    before = {name: case.variants[name].before for name in samplers}
     outcomes |= failed
     if not samplers:
         return outcomes
     if case.nbytes:
         samplers["copy"] = build_sampler(lambda: copy_call(case.nbytes, device), device, nbytes=case.nbytes)
     settle(device, 0.2)
-    timings = interleave(samplers, seconds=case.seconds * pace, min_rounds=5 if pace >= 1 else 3)
+    timings = interleave(samplers, before, seconds=case.seconds * pace, min_rounds=5 if pace >= 1 else 3)
     floor = lowest_time(timings.pop("copy", None), matmul)
     for name, timing in timings.items():
         fields = {"status": "timed", "seconds": timing.summary(), "clock": timing.clock, **floor}

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import heap
 from bench.compare import Case, Outcome, attempt, measure
 from bench.machine import Ceilings, cores, describe, settle
 from bench.rows import Record, left_out, table
@@ -102,6 +103,8 @@ class Session:
             return
         self.started = time.monotonic()
         torch.set_num_threads(self.config.getoption("threads"))
+        if self.device.type == "cpu":
+            heap.enter("kept")
         settle(self.device)
         if self.record is not None:
             self.record.open_session(describe(self.device))["ceilings"] = self.ceilings.measured

@@ -18,6 +18,7 @@ import torch
 from ijepa_kernels import ema_update_
 from torch import Tensor, nn
 
+from bench import heap
 from bench.compare import NotRun
 from bench.straight import straight_ema, straight_loss, straight_optimizer
 from bench.tuned import TunedEncoder, TunedPredictor, compile_blocks, tuned_ema, tuned_loss
@@ -65,6 +66,7 @@ class Provider:
     predictor: nn.Module
     target_encoder: nn.Module
     optimizer: torch.optim.Optimizer
+    freed_memory = "kept"  # see bench/heap.py
 
     def __init__(self, setup: Setup):
         self.setup, self.marks = setup, Marks(setup.device)
@@ -93,6 +95,15 @@ class Provider:
         self.update()
         self.marks("optimizer+EMA")
         return loss.detach()
+
+    def before_step(self) -> None:
+        """Untimed: have the C library treat freed memory this provider's way."""
+        if self.setup.device.type == "cpu":
+            heap.enter(self.freed_memory, settle=self._unmarked_step)
+
+    def _unmarked_step(self) -> None:
+        self.step()
+        self.marks.steps.pop()
 
     def trained(self) -> Iterator[nn.Parameter]:
         for model in (self.encoder, self.predictor):
@@ -157,6 +168,8 @@ class Ours(Provider):
 
 
 class Straight(Provider):
+    freed_memory = "returned"
+
     def __init__(self, setup: Setup):
         need_rectangles(setup)
         super().__init__(setup)
@@ -205,12 +218,14 @@ class Released(Provider):
     With its `torch.cuda.amp` autocast and GradScaler; without its process group, its logging and its loader.
     """
 
+    freed_memory = "returned"
+
     def __init__(self, setup: Setup):
         if setup.released is None:
             raise NotRun("needs --released CHECKOUT")
         need_rectangles(setup)
         super().__init__(setup)
-        with _importable(setup.released):
+        with importable(setup.released):
             from src.masks.utils import apply_masks
             from src.models import vision_transformer
             from src.utils.tensors import repeat_interleave_batch
@@ -271,13 +286,13 @@ class Released(Provider):
 PROVIDERS: dict[str, Callable[[Setup], Provider]] = {
     "ours": Ours,
     "ours_compiled": partial(Ours, compiled=True),
-    "straight": Straight,
     "tuned": Tuned,
+    "straight": Straight,
     "released": Released,
 }
 
 
-class _importable:
+class importable:
     """`src` of a checkout on the import path, only as long as it is imported."""
 
     def __init__(self, checkout: Path):

@@ -1,15 +1,18 @@
 """Masks of a released per-GPU batch (128 images, 16 x 16 patches): ours, and one image after another in plain torch.
 
-Both draw the same distribution, in the same process, each time another step. The loop draws the `reference` sampler
-only; `corrected` has no other implementation to be held against.
+All draw the same distribution, in the same process, each time another step: `loop` is the plain algorithm, written by
+us without what the released collator does besides, and `released` that collator itself, which truncates. Both draw the
+`reference` sampler only; `corrected` has no other implementation to be held against.
 """
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench.compare import Case, NotRun, Variant
 from bench.naive_masks import naive_masks, truncate
+from bench.providers import importable
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, MultiBlockMasks
 
@@ -44,7 +47,7 @@ def check_loop(drawn: tuple[list[list[torch.Tensor]], list[list[torch.Tensor]]])
     check(*seen)
 
 
-def masks_case(sampler: str, collate: str) -> Case:
+def masks_case(sampler: str, collate: str, checkout: Path | None) -> Case:
     masks = MultiBlockMasks(MaskConfig(sampler=sampler, collate=collate), GRID, seed=0, global_batch=IMAGES)
 
     def ours():
@@ -71,8 +74,38 @@ def masks_case(sampler: str, collate: str) -> Case:
         loop()
         check_loop(naive_masks(torch.Generator().manual_seed(0), GRID, IMAGES))
 
+    def released():
+        if (sampler, collate) != ("reference", "truncate"):
+            raise NotRun("draws the reference sampler and truncates, and nothing else")
+        if checkout is None:
+            raise NotRun("needs --released CHECKOUT")
+        with importable(checkout):
+            from src.masks.multiblock import MaskCollator
+        rules = MaskConfig()
+        collate_batch = MaskCollator(
+            input_size=(GRID, GRID),
+            patch_size=1,
+            enc_mask_scale=rules.context_scale,
+            pred_mask_scale=rules.target_scale,
+            aspect_ratio=rules.target_aspect,
+            nenc=rules.num_contexts,
+            npred=rules.num_targets,
+            min_keep=rules.min_keep,
+            allow_overlap=rules.allow_overlap,
+        )
+        images = [torch.zeros(())] * IMAGES  # which it stacks: as small as images can be
+        return lambda: collate_batch(images)
+
+    def gate_released() -> None:
+        contexts, targets = ([m.unbind() for m in masks] for masks in released()()[1:])
+        check_loop((list(zip(*contexts, strict=True)), list(zip(*targets, strict=True))))
+
     return Case(
-        {"ours": Variant(ours, gate=lambda: check_ours(masks)), "loop": Variant(loop, gate=gate_loop)},
+        {
+            "ours": Variant(ours, gate=lambda: check_ours(masks)),
+            "loop": Variant(loop, gate=gate_loop),
+            "released": Variant(released, gate=gate_released),
+        },
         {"images": IMAGES, "grid": GRID},
         torch.int32,
         host=True,
@@ -82,8 +115,8 @@ def masks_case(sampler: str, collate: str) -> Case:
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("provider", ["ours", "loop"])
+@pytest.mark.parametrize("provider", ["ours", "loop", "released"])
 @pytest.mark.parametrize("collate", ["truncate", "ragged"])
 @pytest.mark.parametrize("sampler", ["reference", "corrected"])
 def test_bench_masks(bench, sampler, collate, provider):
-    bench(lambda: masks_case(sampler, collate))
+    bench(lambda: masks_case(sampler, collate, bench.released))

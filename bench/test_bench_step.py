@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import heap
 from bench.compare import Case, Variant
 from bench.machine import cores
 from bench.photographs import write_folder
@@ -56,7 +57,10 @@ def step_case(model: str, collate: str, bench) -> Case:
             }
             return fields | ({"profile": top_ops(providers[name].step, setup.device)} if bench.profile else {})
 
-        return Variant(lambda: providers[name].step, gate=prove, graph=False, info=info)
+        def before() -> None:
+            providers[name].before_step()
+
+        return Variant(lambda: providers[name].step, gate=prove, graph=False, before=before, info=info)
 
     size = setup.model.size
     block = setup.batch * setup.model.grid**2, size.dim, size.mlp_dim
@@ -123,6 +127,8 @@ def fed_case(model: str, bench, folder: Path) -> Case:
 @pytest.mark.parametrize(("model", "collate"), CASES)
 def test_bench_step(bench, model, collate, provider):
     bench(lambda: step_case(model, collate, bench))
+    if bench.device.type == "cpu":
+        heap.enter("kept")
 
 
 @pytest.mark.parametrize("model", ["S16", pytest.param("H14", marks=pytest.mark.gpu_only)])

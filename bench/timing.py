@@ -50,9 +50,17 @@ class Timing:
 
 
 def interleave(
-    samplers: Mapping[str, Sampler], *, seconds: float, min_rounds: int = 5, max_rounds: int = 100
+    samplers: Mapping[str, Sampler],
+    before: Mapping[str, Call] | None = None,
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 100,
 ) -> dict[str, Timing]:
-    """Sample every variant once a round, each round beginning with another one, for about `seconds` a variant."""
+    """Sample every variant once a round, each round beginning with another one, for about `seconds` a variant.
+
+    `before` holds what is called before the samples of a variant, untimed.
+    """
     timings = {name: Timing(sampler.clock, sampler.launch_s) for name, sampler in samplers.items()}
     names, end = list(samplers), time.perf_counter() + seconds * len(samplers)
     collecting = gc.isenabled()
@@ -64,6 +72,8 @@ def interleave(
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
+                if before and name in before:
+                    before[name]()
                 timings[name].samples.append(samplers[name].sample())
     finally:
         if collecting:
