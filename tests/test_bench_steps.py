@@ -1,15 +1,18 @@
 """The step benchmark's providers, its gate, and how it counts memory, on a model small enough for a test."""
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench.compare import NotRun
+from bench import heap, providers
+from bench.compare import NotRun, observe
 from bench.memory import highest, peak_bytes
 from bench.profiles import top_ops
 from bench.providers import PARTS, PROVIDERS, Ours, Straight, Tuned
 from bench.step_gate import Gate
+from bench.test_bench_memory import memory_case
 from bench.workload import MODELS, Model, Setup, draw_masks, rectangular
 from ijepa_fast.model import SIZES
 
@@ -53,7 +56,8 @@ def test_the_gate_refuses(wrong):
         Gate(setup)(ours)
 
 
-def test_one_step_of_every_provider_leaves_the_same_weights():
+def test_one_step_of_every_provider_leaves_the_same_weights(monkeypatch):
+    monkeypatch.setattr(providers, "MOMENTUM", 0.996)
     after = {}
     for name in ("ours", "straight", "tuned"):
         setup = Setup(TINY, "truncate", CPU)
@@ -71,6 +75,24 @@ def test_one_step_of_every_provider_leaves_the_same_weights():
             # Adam's first step is lr * sign(gradient): where a gradient is all rounding, its sign may differ.
             different = (mine - theirs).abs() > 1e-6
             assert different.float().mean() < 1e-3, f"{name}: {different.float().mean():.1%} of the weights differ"
+
+
+def test_every_provider_steps_and_the_next_one_passes_the_same_gate(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    bench = SimpleNamespace(device=CPU, released=None, compiled=False)
+    rows = {name: outcome.fields for name, outcome in observe(memory_case("tiny", "truncate", bench), None).items()}
+    assert {name for name, fields in rows.items() if fields["status"] == "observed"} == {"ours", "tuned", "straight"}
+    assert all(rows[name]["peak_bytes"] > rows[name]["persistent_bytes"] > 0 for name in ("ours", "tuned", "straight"))
+
+
+def test_a_provider_is_timed_under_its_own_setting_of_the_allocator(monkeypatch):
+    monkeypatch.setattr(heap, "_now", None)
+    setup = Setup(TINY, "truncate", CPU)
+    ours, straight = Ours(setup), Straight(setup)
+    for provider, setting in ((ours, "kept"), (straight, "returned"), (straight, "returned"), (ours, "kept")):
+        provider.before_step()
+        assert heap._now == setting
+        assert not provider.marks.steps, "the untimed step would count"
 
 
 def test_marks_cut_the_step_into_its_parts():
