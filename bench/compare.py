@@ -39,7 +39,7 @@ class Case:
     nbytes: int | None = None  # the fewest bytes the op must move, by its own formula
     flops: float | None = None  # those of tokens that exist
     block: tuple[int, int, int] | None = None  # rows, dim, mlp_dim: the products whose rate bounds `flops`
-    seconds: float = 0.5  # of sampling, a variant
+    seconds: float = 0.4  # of sampling, a variant
     host: bool = False  # measures the host, whatever device the session is about
     note: Callable[[float], dict[str, float]] | None = None  # of a median: what people want to read of it
     info: dict[str, Any] = field(default_factory=dict)  # further fields of every row

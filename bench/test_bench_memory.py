@@ -26,7 +26,6 @@ def memory_case(model: str, collate: str, bench) -> Case:
     def follow(name: str) -> dict:
         provider = PROVIDERS[name](setup)
         gate(provider)
-        provider.step()  # makes the optimizer's state
         started = time.perf_counter()
         peak = peak_bytes(provider.step, setup.device)
         seconds = time.perf_counter() - started
