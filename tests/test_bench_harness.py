@@ -102,6 +102,9 @@ def test_rounds_begin_with_another_variant_each_time():
 
     timings = interleave({name: Sampler(name) for name in "abc"}, seconds=0.0, min_rounds=3)
     assert "".join(order) == "abcbcacab"
+    order.clear()
+    interleave({name: Sampler(name) for name in "ab"}, {"b": lambda: order.append("-")}, seconds=0.0, min_rounds=2)
+    assert "".join(order) == "a-b-ba"
     assert all(timing.samples == [1.0] * 3 for timing in timings.values())
 
 
