@@ -16,7 +16,8 @@ from PIL import Image
 from bench.compare import Case, NotRun, Variant
 from bench.machine import cores
 from bench.photographs import encode
-from ijepa_fast.data.decoder import PillowDecoder, build_decoder
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.index import RECORD
 from ijepa_fast.data.sampler import GlobalBatchSampler, crop_boxes
 

@@ -17,12 +17,9 @@ from bench.profiles import top_ops
 from bench.providers import PROVIDERS, Ours
 from bench.step_gate import Gate
 from bench.workload import IMAGE_SIZE, MODELS, Setup
-from ijepa_fast.config import MaskConfig
-from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.data.index import build_index
-from ijepa_fast.data.loader import Loader
-from ijepa_fast.data.reader import Reader
-from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.masks import MultiBlockMasks
 
 SECONDS = {"cuda": 4.0, "cpu": 12.0}  # of sampling, a provider
@@ -86,20 +83,14 @@ def fed_case(model: str, bench, folder: Path) -> Case:
     setup = Setup(MODELS[model], "truncate", bench.device)
     ours, waits = Ours(setup), []
     write_folder(folder, "500x375", 2 * setup.batch)
-    index = build_index(folder, write_cache=False)
-    config = MaskConfig(group=setup.batch)
-    loader = Loader(
-        index,
-        GlobalBatchSampler(len(index), setup.batch, seed=0),
-        build_decoder("auto", cores(), bench.device),
-        Reader(index, cores()),
-        MultiBlockMasks(config, setup.model.grid, 0, setup.batch),
-        image_size=IMAGE_SIZE,
-        crop_scale=(0.3, 1.0),
-        seed=0,
+    masks = MultiBlockMasks(MaskConfig(group=setup.batch), setup.model.grid, 0, setup.batch)
+    loader = build_pipeline(
+        DataConfig(root=folder, image_size=IMAGE_SIZE, threads=cores()),
+        masks,
         micro_batch=setup.batch,
+        index=build_index(folder, write_cache=False),
         device=bench.device,
-    )
+    ).loader
 
     def make():
         batches = loader.batches(0, 1_000_000)

@@ -7,11 +7,8 @@ from torch import nn
 
 from ijepa_fast.checkpoint import TrainState
 from ijepa_fast.config import Config
-from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.index import Index, build_index
-from ijepa_fast.data.loader import Loader, eval_batches
-from ijepa_fast.data.reader import Reader
-from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.pipeline import ImageSource, build_pipeline
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluate import Probe, build_probe
 from ijepa_fast.masks import MultiBlockMasks
@@ -39,14 +36,16 @@ class Run:
                 raise UserError(
                     f"data.root={data.root} holds both train and val; name one: data.root={data.root}/train"
                 )
-            self.sampler = GlobalBatchSampler(len(self.index), optim.global_batch_size, seed)
-        self.decoder = build_decoder(data.decoder, data.threads, world.device)
-        self.reader = Reader(self.index, data.threads)
-        self.loader = Loader(
-            self.index, self.sampler, self.decoder, self.reader, self.masks,
-            image_size=data.image_size, crop_scale=data.crop_scale, seed=seed, rank=world.rank, world_size=world.size,
-            micro_batch=optim.micro_batch, device=world.device,
-        )  # fmt: skip
+            self.data = build_pipeline(
+                data,
+                self.masks,
+                micro_batch=optim.micro_batch,
+                index=self.index,
+                rank=world.rank,
+                world_size=world.size,
+                device=world.device,
+            )
+        self.loader = self.data.loader
 
         with torch.device("meta"):
             encoder, predictor = self._models()
@@ -64,7 +63,7 @@ class Run:
         pairs = [(target, source) for target, source in pairs if source.requires_grad]  # positions stay as they are
         self.target_parameters, self.source_parameters = map(list, zip(*pairs, strict=True))
         self.schedule = Schedule(
-            steps_per_epoch=optim.epoch_length or self.sampler.steps_per_epoch,
+            steps_per_epoch=optim.epoch_length or self.data.sampler.steps_per_epoch,
             epochs=optim.epochs,
             warmup_epochs=optim.warmup_epochs,
             start_lr=optim.start_lr,
@@ -120,20 +119,17 @@ class Run:
         config, data = self.config, self.config.data
         if config.log.probe_every is None:
             return None
-        index, reader = self.index, self.reader
+        source = self.data.source
         if data.probe_root is not None:
-            index = self._index(data.probe_root)
-            reader = Reader(index, data.threads)
+            source = ImageSource(self._index(data.probe_root), data, self.world.device, self.data.source.decoder)
         with self.world.together():
             return build_probe(
-                index,
+                source.index,
                 config.log.probe_images,
-                lambda ids: eval_batches(index, ids, self.decoder, reader, data.image_size, config.optim.micro_batch),
+                lambda ids: source.center_crops(ids, config.optim.micro_batch),
                 self.world,
                 must_have_labels=data.probe_root is not None,
             )
 
     def close(self) -> None:
-        self.loader.close()
-        self.reader.close()
-        self.decoder.close()
+        self.data.close()

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.data.decoder import DecodeError, Decoder
+from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import crop_boxes
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import DecodeError, UserError
 from ijepa_fast.parallel import World
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07

@@ -250,8 +250,8 @@ def show_crop_knn(run: Run, console: Console) -> None:
     accuracy, photographs = crop_knn(
         {"features before": run.random_models()[0].to(run.world.device), "features after": run.state.target_encoder},
         run.index,
-        run.decoder,
-        run.reader,
+        run.data.source.decoder,
+        run.data.source.reader,
         most=run.config.log.crop_knn,
         image_size=run.config.data.image_size,
         device=run.world.device,

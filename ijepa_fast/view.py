@@ -5,7 +5,6 @@ blocks that are predicted from them.
 """
 
 import argparse
-import contextlib
 import itertools
 import sys
 from collections.abc import Sequence
@@ -18,11 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ijepa_fast.config import MaskConfig, load_config
-from ijepa_fast.data.decoder import build_decoder
-from ijepa_fast.data.index import build_index
-from ijepa_fast.data.loader import Loader
-from ijepa_fast.data.reader import Reader
-from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 
@@ -185,20 +180,11 @@ def _draw_masks(args: argparse.Namespace, overrides: list[str]) -> None:
     config, notes = load_config(args.config, overrides)
     for note in notes:
         print(f"released config: {note}")
-    data, seed, batch = config.data, config.train.seed, config.optim.global_batch_size
+    batch = config.optim.global_batch_size
     images = min(args.images, batch)
-    masks = MultiBlockMasks(config.mask, config.grid, seed, batch)
-    index = build_index(data.root, threads=data.threads)
-    sampler = GlobalBatchSampler(len(index), batch, seed)
-    with (
-        contextlib.closing(build_decoder(data.decoder, data.threads)) as decoder,
-        contextlib.closing(Reader(index, data.threads)) as reader,
-        Loader(
-            index, sampler, decoder, reader, masks,
-            image_size=data.image_size, crop_scale=data.crop_scale, seed=seed, micro_batch=images, prefetch=1,
-        ) as loader,
-    ):  # fmt: skip
-        first = next(loader.batches(args.step, args.step + 1))
+    masks = MultiBlockMasks(config.mask, config.grid, config.train.seed, batch)
+    with build_pipeline(config.data, masks, micro_batch=images, prefetch=1) as data:
+        first = next(data.loader.batches(args.step, args.step + 1))
     title = masks_title(config.mask, args.step)
     rows = len(first.masks.context.image)
     try:

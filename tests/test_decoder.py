@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.data.decoder import DecodeError, PillowDecoder, build_decoder
-from ijepa_fast.errors import UserError
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.decoder_pillow import PillowDecoder
+from ijepa_fast.errors import DecodeError, UserError
 
 SIZE = 48
 DECODERS = ["pillow", "dali"]

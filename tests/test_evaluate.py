@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ijepa_fast.data.decoder import PillowDecoder
+from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.loader import eval_batches
 from ijepa_fast.data.reader import Reader

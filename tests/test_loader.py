@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast.config import MaskConfig
-from ijepa_fast.data.decoder import PillowDecoder, build_decoder
+from ijepa_fast.config import DataConfig, MaskConfig
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.loader import Loader, eval_batches
+from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
 from ijepa_fast.errors import UserError
@@ -124,20 +126,6 @@ def test_the_shares_of_all_ranks_are_the_global_batch(make_loader, micro_batch):
                 assert torch.equal(torch.cat([of(part.masks) for part in parts]), of(whole[step].masks))
 
 
-def loader_without_masks(index, decoder, reader):
-    sampler = GlobalBatchSampler(len(index), len(index), SEED)
-    loader = Loader(index, sampler, decoder, reader, None,
-                    image_size=SIZE, crop_scale=CROP_SCALE, seed=SEED, micro_batch=3)
-    return sampler, loader
-
-
-def test_masks_may_be_left_out(index):
-    with closing(PillowDecoder(1)) as decoder, Reader(index, 1) as reader:
-        _, loader = loader_without_masks(index, decoder, reader)
-        with loader:
-            assert all(batch.masks is None for batch in loader.batches(0, 2))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -177,15 +165,15 @@ def damage(path):
     ],
 )
 def test_a_bad_image_stops_in_its_place_and_names_its_path(broken, harm, message):
-    with closing(PillowDecoder(2)) as decoder, Reader(broken, 2) as reader:
-        sampler, loader = loader_without_masks(broken, decoder, reader)
-        path = broken.path(sampler.ids(0)[7])  # in the third micro-batch of three
+    masks = MultiBlockMasks(MaskConfig(group=1, min_keep=2), SIZE // PATCH, SEED, len(broken))
+    settings = DataConfig(root=broken.root, image_size=SIZE, decoder="pillow", threads=2)
+    with build_pipeline(settings, masks, micro_batch=3, index=broken) as data:
+        path = broken.path(data.sampler.ids(0)[7])  # in the third micro-batch of three
         harm(path)
-        with loader:
-            batches = loader.batches(0, 2)
-            assert [len(next(batches).ids) for _ in range(2)] == [3, 3]
-            with pytest.raises(UserError, match=message.format(path=path)):
-                next(batches)
+        batches = data.loader.batches(0, 2)
+        assert [len(next(batches).ids) for _ in range(2)] == [3, 3]
+        with pytest.raises(UserError, match=message.format(path=path)):
+            next(batches)
 
 
 def test_the_advice_for_a_changed_file_works(broken, tmp_path):
@@ -281,16 +269,15 @@ def test_eval_batches_are_central_crops_in_order(index):
 
 SCRIPT = """
 import sys, time
-from ijepa_fast.data.decoder import PillowDecoder
+from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.data.index import build_index
-from ijepa_fast.data.loader import Loader
-from ijepa_fast.data.reader import Reader
-from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.pipeline import build_pipeline
+from ijepa_fast.masks import MultiBlockMasks
 
 index = build_index(sys.argv[1], cache_dir=sys.argv[2])
-loader = Loader(index, GlobalBatchSampler(len(index), 10, 0), PillowDecoder(2), Reader(index, 2), None,
-                image_size=32, crop_scale=(0.3, 1.0), seed=0, micro_batch=5)
-batches = loader.batches(0, 10**9)
+masks = MultiBlockMasks(MaskConfig(group=5, min_keep=2), 8, seed=0, global_batch=10)
+data = build_pipeline(DataConfig(root=sys.argv[1], image_size=32, threads=2), masks, micro_batch=5, index=index)
+batches = data.loader.batches(0, 10**9)
 next(batches)
 time.sleep(0.5)  # the queue is full now, and its thread waits
 print("running", flush=True)

@@ -12,7 +12,8 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
-from ijepa_fast.data.decoder import DecodeError, PillowDecoder
+from ijepa_fast.data.decoder_pillow import PillowDecoder
+from ijepa_fast.errors import DecodeError
 
 
 class DaliDecoder:

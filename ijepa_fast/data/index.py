@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.data.decoder import open_image
+from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.errors import UserError
 
 RECORD = np.dtype([
@@ -30,12 +30,11 @@ RECORD = np.dtype([
     ("label", "<i4"),  # index into `class_names`; -1: none
     ("width", "<i4"),  # pixels as stored: an EXIF rotation is not applied
     ("height", "<i4"),
-    ("flag", "<i4"),  # 0: nothing known against this image
 ])
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 
-_FORMAT = "ijepa_fast index 1"
+_FORMAT = "ijepa_fast index 2"
 _ALIGN = 64  # of each section in the file, bytes
 _CHUNK = 64  # headers that a thread reads in one task
 _PATIENCE_S = 2.0  # reading headers for longer than this shows a bar

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ijepa_fast.data.decoder import DecodeError, Decoder
+from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
-from ijepa_fast.errors import UserError
+from ijepa_fast.errors import DecodeError, UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 
 
@@ -24,7 +24,7 @@ class Batch(NamedTuple):
     """One micro-batch of one rank, on the loader's device."""
 
     images: torch.Tensor  # uint8 [B, S, S, 3]
-    masks: Masks | None
+    masks: Masks
     ids: np.ndarray  # int64 [B], into the index
     step: int  # global step, from 0
     last: bool  # whether it completes this rank's share of the step
@@ -34,8 +34,8 @@ class Loader:
     """This rank's micro-batches of any range of steps.
 
     Rank r takes the positions `[r * G / W, (r + 1) * G / W)` of each global batch of G images, cut into micro-batches
-    of `micro_batch` images (the last may be smaller). `masks=None` leaves `Batch.masks` None. `prefetch` batches wait
-    ready at most. `wait_s` adds up the seconds in which the consumer had to wait for data.
+    of `micro_batch` images (the last may be smaller). At most `prefetch` batches wait ready. `wait_s` adds up the
+    seconds in which the consumer had to wait for data.
 
     One iteration at a time; leaving it, `close()` and the context manager end the background thread, after the
     micro-batch in hand. Reader and decoder stay the caller's, to share and to close.
@@ -47,7 +47,7 @@ class Loader:
         sampler: GlobalBatchSampler,
         decoder: Decoder,
         reader: Reader,
-        masks: MultiBlockMasks | None,
+        masks: MultiBlockMasks,
         *,
         image_size: int,
         crop_scale: tuple[float, float],
@@ -82,7 +82,7 @@ class Loader:
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of the steps `[first_step, last_step)`, in order; preparation begins at once.
 
-        Raises what went wrong in the background, in the place of the batch it befell; `UserError` with the path for an
+        An error in the background is raised in the place of the batch that failed: a `UserError` with the path for an
         image that cannot be read or decoded.
         """
         self.close()
@@ -129,8 +129,7 @@ class Loader:
         epoch = self.sampler.epoch_of(step)
         boxes = crop_boxes(self.seed, epoch, ids, records["width"], records["height"], self.crop_scale)
         images = _decode(self.index, self.decoder, ids, encoded, boxes, self.image_size)
-        masks = None if self.masks is None else self.masks.sample(step, start, stop)
-        return Batch(images, masks, ids, step, last=stop == self._slices[-1][1])
+        return Batch(images, self.masks.sample(step, start, stop), ids, step, last=stop == self._slices[-1][1])
 
     def close(self) -> None:
         if self._producer is not None:
@@ -222,10 +221,9 @@ class _Upload:
 
     def __call__(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
-            images, masks = self._copy(batch.images), batch.masks
-            if masks is not None:
-                context, target = (packed.to(self.device, non_blocking=True) for packed in masks[:2])
-                masks = Masks(context, target, self._copy(masks.context_of))
+            images = self._copy(batch.images)
+            context, target = (packed.to(self.device, non_blocking=True) for packed in batch.masks[:2])
+            masks = Masks(context, target, self._copy(batch.masks.context_of))
             copied = torch.cuda.Event()
             copied.record()
         return batch._replace(images=images, masks=masks), copied
@@ -239,8 +237,6 @@ def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """Order the consumer's stream behind the copies, and keep their memory from reuse while that stream needs it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
-    batch.images.record_stream(stream)
-    if batch.masks is not None:
-        for tensor in (*batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of):
-            tensor.record_stream(stream)
+    for tensor in (batch.images, *batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of):
+        tensor.record_stream(stream)
     return batch
