@@ -9,12 +9,13 @@ from ijepa_fast.checkpoint import TrainState
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.pipeline import ImageSource, build_pipeline
+from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluate import Probe, build_probe
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import build_encoder, build_predictor
 from ijepa_fast.optim import Schedule, build_optimizer
-from ijepa_fast.parallel import World
+from ijepa_fast.parallel import average_gradients, materialise, parallelize
 
 
 class Run:
@@ -28,10 +29,10 @@ class Run:
                 f"optim.global_batch_size {optim.global_batch_size} does not divide among {world.size} processes"
             )
 
-        with world.together():
+        with world.raise_on_all_ranks():
             self.masks = MultiBlockMasks(config.mask, config.grid, seed, optim.global_batch_size)
         self.index = self._index(data.root)
-        with world.together():
+        with world.raise_on_all_ranks():
             if {"train", "val"} <= set(self.index.class_names):
                 raise UserError(
                     f"data.root={data.root} holds both train and val; name one: data.root={data.root}/train"
@@ -53,12 +54,12 @@ class Run:
         # Ranks that hold shards get their part of rank 0's weights; the others draw the same weights themselves.
         drawn = self.random_models() if world.mesh is None or world.is_main else (None, None)
         for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
-            world.shard(model, config, trained=model is not target_encoder)
-            world.materialise(model, weights)
+            parallelize(model, config.parallel, world, trained=model is not target_encoder)
+            materialise(model, weights, world)
         optimizer = build_optimizer(encoder, predictor, betas=optim.betas, eps=optim.eps)
         self.state = TrainState(encoder, predictor, target_encoder, optimizer)
         # What the loss is computed with: the same modules, with their gradients averaged over the ranks.
-        self.encoder, self.predictor = world.average_gradients(encoder), world.average_gradients(predictor)
+        self.encoder, self.predictor = average_gradients(encoder, world), average_gradients(predictor, world)
         pairs = zip(target_encoder.parameters(), encoder.parameters(), strict=True)
         pairs = [(target, source) for target, source in pairs if source.requires_grad]  # positions stay as they are
         self.target_parameters, self.source_parameters = map(list, zip(*pairs, strict=True))
@@ -80,9 +81,9 @@ class Run:
     def _index(self, root: Path) -> Index:
         """Rank 0 reads all headers, unless they are cached; the others find its cache, or that of their machine."""
         turn = 0 if self.world.is_main or not self.write_cache else 1 if self.world.local_rank == 0 else 2
-        group = self.world.patient_group()
+        group = self.world.long_timeout_group()
         for current in range(3):
-            with self.world.together(group):
+            with self.world.raise_on_all_ranks(group):
                 if turn == current:
                     index = build_index(root, threads=self.config.data.threads, write_cache=self.write_cache)
         return index
@@ -122,7 +123,7 @@ class Run:
         source = self.data.source
         if data.probe_root is not None:
             source = ImageSource(self._index(data.probe_root), data, self.world.device, self.data.source.decoder)
-        with self.world.together():
+        with self.world.raise_on_all_ranks():
             return build_probe(
                 source.index,
                 config.log.probe_images,

@@ -36,8 +36,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.utils._pytree import tree_map
 
 from ijepa_fast.config import Config, check_same_run, load_config
+from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
-from ijepa_fast.parallel import World
 
 FORMAT = 1
 # How a single process is meant to use it.
@@ -75,7 +75,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.world = world
         self.data = data
-        self._group = world.patient_group()
+        self._group = world.long_timeout_group()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -86,7 +86,7 @@ class Checkpoints:
         config would not continue the run.
         """
         run_folder, kept = self.folder.parent, self.folder.parent / "config.yaml"
-        with self.world.together():
+        with self.world.raise_on_all_ranks():
             if resume:
                 if not kept.exists():
                     raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
@@ -103,7 +103,7 @@ class Checkpoints:
             say(f"{run_folder} holds no checkpoint yet: starting from step 0")
         if not found and config.train.init_from is not None:
             say(f"weights from {init_from(config.train.init_from, state, self.world)}")
-        with self.world.together():
+        with self.world.raise_on_all_ranks():
             try:
                 if self.world.is_main:
                     self.folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ class Checkpoints:
     def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
         """A stage of `_write`: where it fails on any rank, it fails on all, and the temporary folder goes."""
         try:
-            with self.world.together(self._group):
+            with self.world.raise_on_all_ranks(self._group):
                 try:
                     yield
                 except (OSError, dcp.CheckpointException) as error:

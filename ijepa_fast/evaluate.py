@@ -13,8 +13,8 @@ from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import crop_boxes
+from ijepa_fast.distributed import World
 from ijepa_fast.errors import DecodeError, UserError
-from ijepa_fast.parallel import World
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
 CROPS = 20  # of each half of a photograph in `crop_knn`

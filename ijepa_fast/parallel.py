@@ -1,177 +1,108 @@
-"""Processes, devices, and how models are spread over them: one process, or several under torchrun, with the same code.
+"""Spread a model over ranks: activation checkpointing, compilation, sharding, its weights, accumulated gradients.
 
-`start` joins the processes that torchrun (or `ijepa_fast.launch`) started and picks the strategy:
-
-- `single`: one process.
-- `ddp`: every rank holds everything; gradients are averaged.
-- `fsdp`: parameters, gradients and optimizer state are cut over all ranks (FSDP2, `fully_shard`).
-- `hsdp`: the same within groups of `parallel.shard_size` ranks (a node), each group a replica.
-
-All of them compute the same: the loss is normalised by the global batch, its casts are inside the blocks, and weights
-come from the seed alone. What is applied to a model, in this order: activation checkpointing, compilation of every
-block, sharding of every block and of the root.
+Every strategy (see `ijepa_fast.distributed`) computes the same: the loss is normalised by the global batch, its casts
+are inside the blocks, and weights come from the seed alone.
 """
 import contextlib
 import itertools
 import logging
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from ijepa_fast.config import Config
-from ijepa_fast.errors import SharedError, UserError
-from ijepa_fast.memory import keep_freed_memory
+from ijepa_fast.config import ParallelConfig
+from ijepa_fast.distributed import World
 from ijepa_fast.model import Block, LayerNorm
 
-# What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
-# takes 13 GB of every GPU before the first activation, and the giant 20.
-SHARDED = ("vit_huge", "vit_giant")
+
+def parallelize(model: nn.Module, config: ParallelConfig, world: World, *, trained: bool) -> None:
+    """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike.
+
+    In this order, block by block: checkpointing (of a model that is trained), compilation, sharding.
+    """
+    if trained:
+        checkpoint_blocks(model, config.checkpointing)
+    if config.compile:
+        compile_blocks(model)
+    if world.mesh is not None:
+        shard(model, world.mesh)
 
 
-@dataclass(frozen=True)
-class World:
-    """This process's place: `rank` of `size`, on `device`; `mesh` [shard] or [replicate, shard] for FSDP."""
-
-    rank: int
-    size: int
-    device: torch.device
-    strategy: str
-    mesh: DeviceMesh | None = None
-    local_rank: int = 0  # among the processes of this machine
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean of `x` over all ranks."""
-        if self.size > 1:
-            dist.all_reduce(x)
-            x /= self.size
-        return x
-
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is set on any rank; waits for all ranks, on the host."""
-        if self.size == 1:
-            return flag
-        votes = torch.tensor(int(flag))  # a CPU tensor: goes through gloo, so the device is not waited for
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes)
-
-    def gather(self, x: Tensor) -> Tensor:
-        """`x` of every rank (equal shapes) concatenated along dimension 0, in order of rank."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
-
-    def gather_objects(self, x: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """What every rank has for `x`, in order of rank."""
-        if self.size == 1:
-            return [x]
-        every = [None] * self.size
-        dist.all_gather_object(every, x, group=group)
-        return every
-
-    @contextlib.contextmanager
-    def together(self, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-        """A stage without collectives: where it raises a UserError on some rank, all raise it, in the same words."""
-        problem = None
-        try:
-            yield
-        except UserError as error:
-            problem = str(error)
-        problems = self.gather_objects(problem, group)
-        if not any(problems):
-            return
-        first = next(rank for rank, said in enumerate(problems) if said)
-        who = f"rank {first}: " if first else ""
-        raise SharedError(f"{who}{problems[first]}")
-
-    def patient_group(self) -> dist.ProcessGroup | None:
-        """A group for waits on the host of up to a day, where gloo's half an hour is too short."""
-        return dist.new_group(backend="gloo", timeout=timedelta(days=1)) if self.size > 1 else None
-
-    def barrier(self) -> None:
-        """Wait for all ranks, on the host."""
-        self.any(False)
-
-    def shard(self, model: nn.Module, config: Config, *, trained: bool) -> None:
-        """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike."""
-        blocks = [part for part in model.modules() if isinstance(part, Block)]
-        for block in blocks:
-            block.checkpointing = config.parallel.checkpointing if trained else "none"
-            if config.parallel.compile:
-                block.compile()
-        if config.parallel.compile:
-            # On every rank it would warn of operations in place inside checkpointed blocks; they have none.
-            logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-        if self.mesh is None:
-            return
-        # Matrices travel in the dtype that the blocks cast them to anyway; what is applied in fp32 under every strategy
-        # travels in fp32: norms and positions, gathered once for the whole model with all that is no block's. The root
-        # comes first, to take the norms out of the blocks: a group of their own would put hooks inside the blocks. FSDP
-        # casts no input: a block's is the residual stream.
-        low = MixedPrecisionPolicy(
-            param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        matrices = {p for block in blocks for p in block.parameters()} - _norm_parameters(model)
-        # Resharded at the root too: a forward without backward (targets, probes) would leave it whole.
-        fully_shard(model, mesh=self.mesh, reshard_after_forward=True, ignored_params=matrices)
-        norms = _norm_parameters(model)  # others than before: shards
-        for block in blocks:
-            fully_shard(block, mesh=self.mesh, mp_policy=low, reshard_after_forward=True, ignored_params=norms)
-        for before, after in itertools.pairwise(blocks):
-            before.set_modules_to_forward_prefetch([after])
-            after.set_modules_to_backward_prefetch([before])
-
-    def average_gradients(self, model: nn.Module) -> nn.Module:
-        """What to call in place of a trained model: under DDP a wrapper that averages gradients in the backward."""
-        if self.strategy != "ddp":
-            return model
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-    def materialise(self, model: nn.Module, source: nn.Module | None) -> None:
-        """Give a model made on the meta device its memory and, on all ranks, the weights of rank 0's `source`.
-
-        Memory is filled with NaN first, so that a parameter which no weight reached cannot pass unseen.
-        """
-        model.to_empty(device=self.device)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(float("nan"))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.size > 1)
-        weights = dict(source.state_dict()) if source is not None else {}
-        set_model_state_dict(model, weights, options=options)
-        for name, parameter in model.named_parameters():
-            assert not local(parameter).isnan().any(), f"{name} was not initialised"
-
-    @contextlib.contextmanager
-    def accumulate(self, *models: nn.Module) -> Iterator[None]:
-        """Inside, backward adds to this rank's gradients and leaves their reduction to the step's last micro-batch."""
-        with contextlib.ExitStack() as stack:
-            for model in models:
-                if isinstance(model, DistributedDataParallel):
-                    stack.enter_context(model.no_sync())
-                elif isinstance(model, FSDPModule):
-                    model.set_requires_gradient_sync(False)
-                    stack.callback(model.set_requires_gradient_sync, True)
-            yield
+def checkpoint_blocks(model: nn.Module, policy: str) -> None:
+    """Keep for the backward all activations ("none"), the costly ones ("selective"), or inputs of blocks ("full")."""
+    for block in _blocks(model):
+        block.checkpointing = policy
 
 
-def _norm_parameters(model: nn.Module) -> set[nn.Parameter]:
-    return {p for part in model.modules() if isinstance(part, LayerNorm) for p in part.parameters()}
+def compile_blocks(model: nn.Module) -> None:
+    for block in _blocks(model):
+        block.compile()
+    # On every rank it would warn of operations in place inside checkpointed blocks; they have none.
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+
+
+def shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """FSDP2: cut every block, and what is no block's, over `mesh`.
+
+    Matrices travel in the dtype that the blocks cast them to anyway. What every strategy applies in fp32 travels in
+    fp32: norms and positions, gathered once for the whole model with all that is no block's.
+    """
+    blocks = _blocks(model)
+    # FSDP casts no input: a block's is the residual stream.
+    low = MixedPrecisionPolicy(
+        param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    # The root comes first, to take the norms out of the blocks: a group of their own would put hooks inside the blocks.
+    matrices = {p for block in blocks for p in block.parameters()} - _norm_parameters(model)
+    # Resharded at the root too: a forward without backward (targets, probes) would leave it whole.
+    fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=matrices)
+    norms = _norm_parameters(model)  # others than before: shards
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=True, ignored_params=norms)
+    for before, after in itertools.pairwise(blocks):
+        before.set_modules_to_forward_prefetch([after])
+        after.set_modules_to_backward_prefetch([before])
+
+
+def materialise(model: nn.Module, source: nn.Module | None, world: World) -> None:
+    """Give a model made on the meta device its memory and, on all ranks, the weights of rank 0's `source`.
+
+    Memory is filled with NaN first, so that a parameter which no weight reached cannot pass unseen.
+    """
+    model.to_empty(device=world.device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=world.size > 1)
+    weights = dict(source.state_dict()) if source is not None else {}
+    set_model_state_dict(model, weights, options=options)
+    for name, parameter in model.named_parameters():
+        assert not local(parameter).isnan().any(), f"{name} was not initialised"
+
+
+def average_gradients(model: nn.Module, world: World) -> nn.Module:
+    """What to call in place of a trained model: under DDP a wrapper that averages gradients in the backward."""
+    if world.strategy != "ddp":
+        return model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+@contextlib.contextmanager
+def accumulate(*models: nn.Module) -> Iterator[None]:
+    """Inside, backward adds to this rank's gradients and leaves their reduction to the step's last micro-batch."""
+    with contextlib.ExitStack() as stack:
+        for model in models:
+            if isinstance(model, DistributedDataParallel):
+                stack.enter_context(model.no_sync())
+            elif isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(False)
+                stack.callback(model.set_requires_gradient_sync, True)
+        yield
 
 
 def local(x: Tensor) -> Tensor:
@@ -179,82 +110,9 @@ def local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-@contextlib.contextmanager
-def start(config: Config) -> Iterator[World]:
-    """Join the processes torchrun started (if any), choose device and strategy, and pin torch's threads."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # Sums of floats depend on the number of threads that share them, so it is pinned: part of a run's exactness.
-    torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    device = _device(local_rank, local_size)
-    if device.type == "cpu":
-        keep_freed_memory()
-    strategy = _strategy(config, size, device)
-    if strategy == "single":
-        yield World(rank, size, device, strategy, local_rank=local_rank)
-        return
-    if "RANK" not in os.environ:
-        raise UserError(
-            f"parallel.strategy={strategy} needs torchrun: torchrun --nproc-per-node=2 -m ijepa_fast.train ..."
-        )
-    shards = config.parallel.shard_size or local_size
-    if strategy == "hsdp" and size % shards:
-        raise UserError(f"parallel.shard_size={shards} does not divide the {size} processes")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    _check_same_config(World(rank, size, device, strategy), config)
-    mesh = None
-    if strategy == "fsdp":
-        mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
-    elif strategy == "hsdp":
-        mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    yield World(rank, size, device, strategy, mesh, local_rank)
-    # Not after an error: it would wait for collectives in which this rank's part is missing. The exit closes what is
-    # open, and the other ranks lose contact.
-    dist.destroy_process_group()
+def _blocks(model: nn.Module) -> list[Block]:
+    return [part for part in model.modules() if isinstance(part, Block)]
 
 
-def lost_contact(error: RuntimeError) -> str | None:
-    """A sentence where the error is that ranks cannot reach each other; None where it is another.
-
-    NCCL and the rendezvous have a type for it, and may give a reason; gloo has neither.
-    """
-    sentence = "lost contact with another rank, whose own error comes first"
-    if isinstance(error, dist.DistError):
-        return f"{sentence}: {' '.join(str(error).split())}"
-    return sentence if "gloo/transport" in str(error) else None
-
-
-def _device(local_rank: int, local_size: int) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if local_size > torch.cuda.device_count():
-        raise UserError(
-            f"{local_size} processes were started on this machine, which has {torch.cuda.device_count()} GPUs; "
-            f"start torchrun with --nproc-per-node={torch.cuda.device_count()}"
-        )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _strategy(config: Config, size: int, device: torch.device) -> str:
-    strategy = config.parallel.strategy
-    if strategy == "auto":
-        if size == 1:
-            return "single"
-        return "fsdp" if device.type == "cuda" and config.model.name in SHARDED else "ddp"
-    if strategy == "single" and size > 1:
-        raise UserError(f"parallel.strategy=single runs one process, but {size} were started; use auto, ddp or fsdp")
-    return strategy
-
-
-def _check_same_config(world: World, config: Config) -> None:
-    """Ranks that compute different things would average them in silence."""
-    first, *others = world.gather_objects(config.model_dump(mode="json"))
-    for rank, other in enumerate(others, 1):
-        for section, values in other.items():
-            for key, value in values.items():
-                if value != first[section][key]:
-                    raise SharedError(
-                        f"the ranks were started with different configs: {section}.{key} is {first[section][key]} on "
-                        f"rank 0 and {value} on rank {rank}; give all the same"
-                    )
+def _norm_parameters(model: nn.Module) -> set[nn.Parameter]:
+    return {p for part in model.modules() if isinstance(part, LayerNorm) for p in part.parameters()}

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from ijepa_fast import parallel
+from ijepa_fast import distributed, parallel
 from ijepa_fast.build import Run
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.config import load_config
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             print(config.to_yaml(), end="")
             return 0
-        with parallel.start(config) as world:
+        with distributed.join(config) as world:
             met = True
             # soft_wrap: a path stays on one line where output is no terminal.
             console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {rank if own else ''}{error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
-        if not (sentence := parallel.lost_contact(error)):
+        if not (sentence := distributed.lost_contact(error)):
             raise
         time.sleep(1)  # the other rank's own error comes first; torchrun, having seen it, may end this one meanwhile
         print(f"error: {rank}{sentence}", file=sys.stderr)
@@ -182,7 +182,7 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> tuple[Tensor, dict[
 
 def backward(run: Run, batch: Batch, denominator: float) -> Tensor:
     """Add a micro-batch's gradients; the last of a step averages them over the ranks. Returns its part of the loss."""
-    with contextlib.nullcontext() if batch.last else run.world.accumulate(run.encoder, run.predictor):
+    with contextlib.nullcontext() if batch.last else parallel.accumulate(run.encoder, run.predictor):
         loss = ijepa_loss(
             run.encoder,
             run.predictor,

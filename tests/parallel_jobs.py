@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ijepa_fast import model, parallel
+from ijepa_fast import distributed, model, parallel
 from ijepa_fast import train as driver
 from ijepa_fast.build import Run
 from ijepa_fast.config import load_config
@@ -138,7 +138,7 @@ def count_scans(argv: list[str], cache: str) -> int:
         patch.setattr(index, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
         patch.setenv("XDG_CACHE_HOME", cache)
         config, _ = load_config(argv[1], argv[2:])
-        with parallel.start(config) as world, contextlib.closing(Run(config, world)):
+        with distributed.join(config) as world, contextlib.closing(Run(config, world)):
             pass
     return len(scans)
 
@@ -146,13 +146,13 @@ def count_scans(argv: list[str], cache: str) -> int:
 def shard_giant(config_file: str, words: list[str]) -> list[tuple[int, int, bool]]:
     """Context encoder, predictor, target encoder on the meta device: parameters, FSDP groups, all of them shards?"""
     config, _ = load_config(config_file, words)
-    with parallel.start(config) as world:
+    with distributed.join(config) as world:
         with torch.device("meta"):
             models = [model.build_encoder(config.model.name, image_size=config.data.image_size, patch_size=16)]
             models += [model.build_predictor(models[0], depth=config.model.predictor_depth, dim=384)]
             models += [copy.deepcopy(models[0]).requires_grad_(False)]
         for part in models:
-            world.shard(part, config, trained=part is not models[2])
+            parallel.parallelize(part, config.parallel, world, trained=part is not models[2])
         return [
             (
                 sum(p.numel() for p in part.parameters()),
@@ -168,7 +168,7 @@ def train_wide(argv: list[str]) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "vit_giant", model.SIZES["vit_giant"]._replace(depth=2))
         config, _ = load_config(argv[1], argv[2:])
-        with parallel.start(config) as world, contextlib.closing(Run(config, world)) as run:
+        with distributed.join(config) as world, contextlib.closing(Run(config, world)) as run:
             batches = run.loader.batches(0, 3)
             return [float(world.mean(driver.update(run, step, batches)[0])) for step in range(3)]
 

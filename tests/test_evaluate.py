@@ -12,9 +12,9 @@ from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.loader import eval_batches
 from ijepa_fast.data.reader import Reader
+from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluate import CROPS, Probe, build_probe, crop_knn, held_out, knn_accuracy, pooled, rankme
-from ijepa_fast.parallel import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from ranks import DIED, Ranks
 
-from ijepa_fast import parallel
+from ijepa_fast import distributed
 from ijepa_fast.config import load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.metrics import read_log
@@ -166,7 +166,7 @@ def test_sharding_needs_torchrun(words, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for strategy in ("ddp", "fsdp", "hsdp"):
         config, _ = load_config(words(tmp_path)[1], [f"parallel.strategy={strategy}"])
-        with pytest.raises(UserError, match=f"{strategy} needs torchrun: torchrun"), parallel.start(config):
+        with pytest.raises(UserError, match=f"{strategy} needs torchrun: torchrun"), distributed.join(config):
             pass
 
 
@@ -177,5 +177,5 @@ def test_more_processes_than_gpus(words, tmp_path, monkeypatch):
     for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}.items():
         monkeypatch.setenv(name, str(value))
     said = "4 processes were started on this machine, which has 2 GPUs; start torchrun with --nproc-per-node=2"
-    with pytest.raises(UserError, match=said), parallel.start(config):
+    with pytest.raises(UserError, match=said), distributed.join(config):
         pass

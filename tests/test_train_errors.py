@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ijepa_fast.train as driver
-from ijepa_fast import parallel
+from ijepa_fast import distributed
 from ijepa_fast.build import Run
 from ijepa_fast.config import load_config
+from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import read_log
-from ijepa_fast.parallel import World
 
 
 @pytest.fixture(scope="module")
@@ -358,7 +358,7 @@ def test_single_strategy_with_several_processes(tiny_config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with (
         pytest.raises(UserError, match=r"parallel\.strategy=single runs one process, but 2 were started"),
-        parallel.start(load_config(tiny_config, ["parallel.strategy=single"])[0]),
+        distributed.join(load_config(tiny_config, ["parallel.strategy=single"])[0]),
     ):
         pass
 
