@@ -13,8 +13,7 @@ help:
 
 demo: .venv/demo.done
 	rm -rf runs/make_demo
-	$(BIN)/python -m ijepa_fast.demo runs/demo_photographs
-	$(BIN)/python -m ijepa_fast.train --config configs/demo.yaml train.folder=runs/make_demo
+	$(BIN)/python -m ijepa_fast.demo --config configs/demo.yaml train.folder=runs/make_demo
 
 test: .venv/dev.done
 	$(BIN)/ruff check .

@@ -20,9 +20,8 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,35 +30,21 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.utils._pytree import tree_map
 
-from ijepa_fast.config import Config, check_same_run, load_config
+from ijepa_fast.config import Config, check_same_run, load_saved_config
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
+
+if TYPE_CHECKING:
+    from ijepa_fast.run import TrainState
 
 FORMAT = 1
 # How a single process is meant to use it.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-@dataclass(frozen=True)
-class TrainState:
-    """What a run carries from step to step (modules not wrapped by DDP)."""
-
-    encoder: nn.Module
-    predictor: nn.Module
-    target_encoder: nn.Module
-    optimizer: torch.optim.Optimizer
-
-    def weights(self) -> dict[str, Any]:
-        return {name: getattr(self, name).state_dict() for name in ("encoder", "predictor", "target_encoder")}
-
-    def trained(self) -> nn.ModuleDict:
-        """What the optimizer steps; its parameter names key the optimizer's state."""
-        return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
 
 
 class Checkpoints:
@@ -79,7 +64,7 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def open(self, state: TrainState, config: Config, *, resume: bool, say: Callable[[str], None]) -> int:
+    def open(self, state: "TrainState", config: Config, *, resume: bool, say: Callable[[str], None]) -> int:
         """Begin in the run folder, or go on in it; returns the number of updates already done.
 
         Raises UserError where a new run would write over an old one, where there is nothing to resume, and where the
@@ -90,7 +75,7 @@ class Checkpoints:
             if resume:
                 if not kept.exists():
                     raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
-                check_same_run(load_config(kept)[0], config, kept)
+                check_same_run(load_saved_config(kept), config, kept)
             elif kept.exists():
                 raise UserError(
                     f"{run_folder} already holds a run; go on with --resume, or choose another train.folder"
@@ -119,7 +104,7 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def begin(self, step: int, state: TrainState, config: Config) -> None:
+    def begin(self, step: int, state: "TrainState", config: Config) -> None:
         """Start to write the checkpoint of `step`. When it is whole, those that `keep_last` leaves out are removed."""
         self.wait()
         optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
@@ -194,7 +179,7 @@ class Checkpoints:
                 f"make room, then go on with --resume"
             ) from None
 
-    def resume(self, state: TrainState, say: Callable[[str], None]) -> tuple[int, Path] | None:
+    def resume(self, state: "TrainState", say: Callable[[str], None]) -> tuple[int, Path] | None:
         """Load the latest checkpoint that is whole into `state`; its step and path, or None where there is none at all.
 
         A damaged one is named through `say` and passed over; where all are damaged, raises UserError.
@@ -244,7 +229,7 @@ def verify(path: Path, world: World) -> str | None:
     return next(filter(None, world.gather_objects(problem)), None)
 
 
-def load(path: Path, state: TrainState, *, weights_only: bool) -> None:
+def load(path: Path, state: "TrainState", *, weights_only: bool) -> None:
     """Copy a verified checkpoint into `state` in place, at whatever world size it was written."""
     tensors: dict[str, Any] = state.weights()
     if not weights_only:
@@ -268,7 +253,7 @@ def find(path: Path, world: World) -> Path:
     return run.path(run.steps()[-1])
 
 
-def init_from(path: Path, state: TrainState, world: World) -> Path:
+def init_from(path: Path, state: "TrainState", world: World) -> Path:
     """Load the weights, and nothing else, of a checkpoint folder or of the latest checkpoint of a run folder."""
     try:
         path = find(path, world)

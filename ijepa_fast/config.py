@@ -147,7 +147,6 @@ class LogConfig(Section):
     every: Count = 10  # steps between two reads of the loss from the device
     probe_every: Count | None = 1000  # steps between two probes (RankMe, k-NN); null: none
     probe_images: Count = 2000  # the most images a probe looks at
-    crop_knn: Annotated[int, Field(ge=0)] = 0  # photographs in the k-NN table that ends a run; 0: none
     progress: bool = True  # the bar; without it, or where output is no terminal, a line every `every` steps
     tensorboard: bool = True
 
@@ -195,6 +194,9 @@ _EXACT = {
 }
 
 
+_RETIRED = {"log.crop_knn"}  # earlier versions wrote them into config.yaml and checkpoint.json
+
+
 def check_same_run(old: Config, new: Config, where: Path) -> None:
     """Raise a `UserError` naming the first key in which `new` would not continue the run that wrote `old`."""
     for section, free in _EXACT.items():
@@ -222,6 +224,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     for override in overrides:
         _apply(raw, override)
     return validate(raw, str(path)), notes
+
+
+def load_saved_config(path: Path) -> Config:
+    """The config.yaml of a run folder, an earlier version's included."""
+    return validate(drop_retired(_read_yaml(path)), str(path))
+
+
+def drop_retired(raw: dict[str, Any]) -> dict[str, Any]:
+    """A config that a run has saved, without the keys that this version no longer has."""
+    return {
+        section: {key: value for key, value in keys.items() if f"{section}.{key}" not in _RETIRED}
+        for section, keys in raw.items()
+    }
 
 
 def validate(raw: dict[str, Any], source: str) -> Config:

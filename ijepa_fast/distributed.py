@@ -133,6 +133,11 @@ def join(config: Config) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def has_joined() -> bool:
+    """Whether this process has met others, from which it may differ from now on."""
+    return dist.is_initialized()
+
+
 def lost_contact(error: RuntimeError) -> str | None:
     """A sentence where the error is that ranks cannot reach each other; None where it is another.
 

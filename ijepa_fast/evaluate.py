@@ -9,15 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.index import Index
-from ijepa_fast.data.reader import Reader
-from ijepa_fast.data.sampler import crop_boxes
 from ijepa_fast.distributed import World
-from ijepa_fast.errors import DecodeError, UserError
+from ijepa_fast.errors import UserError
 
 NEIGHBOURS, TEMPERATURE = 20, 0.07
-CROPS = 20  # of each half of a photograph in `crop_knn`
 CLASS_AT_LEAST = 4  # images of a class that a probe wants
 HELD_OUT = 5  # one image in so many of each class is a query, the rest are the bank
 
@@ -53,9 +49,9 @@ def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     them, since one image a class would leave nothing to vote. Raises UserError where no class has two.
     """
     classes = np.unique(labels)
-    classes = classes[_evenly(len(classes), max(most // CLASS_AT_LEAST, 1))]
+    classes = classes[evenly(len(classes), max(most // CLASS_AT_LEAST, 1))]
     chosen = np.flatnonzero(np.isin(labels, classes))
-    chosen = chosen[_evenly(len(chosen), most)]
+    chosen = chosen[evenly(len(chosen), most)]
     bank, queries = [], []
     for label in classes:
         members = chosen[labels[chosen] == label]
@@ -69,7 +65,7 @@ def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(bank), np.concatenate(queries)
 
 
-def _evenly(count: int, most: int) -> np.ndarray:
+def evenly(count: int, most: int) -> np.ndarray:
     """At most `most` of the positions 0 ... count - 1, evenly, int64."""
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
@@ -133,52 +129,6 @@ def build_probe(
     except UserError:
         if must_have_labels:
             raise
-        ids = _evenly(len(index), most)
+        ids = evenly(len(index), most)
         return Probe(index, None, ids, read_batches, world)
     return Probe(index, split, np.concatenate(split), read_batches, world)
-
-
-def crop_knn(
-    encoders: dict[str, nn.Module], index: Index, decoder: Decoder, reader: Reader, *, most: int, image_size: int,
-    device: torch.device,
-) -> tuple[dict[str, float], int]:  # fmt: skip
-    """k-NN accuracy at telling which photograph a crop comes from; needs no labels.
-
-    Bank crops lie in one half of a photograph (cut across its longer side), query crops in the other, so they share no
-    pixel. Beside each encoder stand "chance" and "mean colour" (the crop's mean RGB as its feature). Also returns
-    the number of photographs: at most `most`, spread evenly over `index`.
-    """
-    ids = _evenly(len(index), most)
-    bank = _half_crops(index, ids, 0, decoder, reader, image_size)
-    queries = _half_crops(index, ids, 1, decoder, reader, image_size)
-    labels = torch.arange(len(ids), device=device).repeat_interleave(CROPS)
-    accuracy = {"chance": 1 / len(ids)}
-    colour = [(half.float().mean(dim=(1, 2)) - 127.5).to(device) for half in (bank, queries)]
-    accuracy["mean colour"] = knn_accuracy(colour[0], labels, colour[1], labels)
-    for name, encoder in encoders.items():
-        features = [
-            torch.cat([pooled(encoder, some.to(device)) for some in half.split(CROPS)]) for half in (bank, queries)
-        ]
-        accuracy[name] = knn_accuracy(features[0], labels, features[1], labels)
-    return accuracy, len(ids)
-
-
-def _half_crops(
-    index: Index, ids: np.ndarray, half: int, decoder: Decoder, reader: Reader, image_size: int
-) -> Tensor:
-    """CROPS random crops of one half of each photograph, uint8 `[len(ids) * CROPS, S, S, 3]`."""
-    crops = []
-    for encoded, record, i in zip(reader.read(ids), index.records[ids], ids, strict=True):
-        width, height = int(record["width"]), int(record["height"])
-        wide = width >= height
-        half_width, half_height = (width // 2, height) if wide else (width, height // 2)
-        sizes = np.full(CROPS, half_width), np.full(CROPS, half_height)
-        numbers = i * 2 * CROPS + half * CROPS + np.arange(CROPS)  # each crop has its own, in both halves
-        boxes = crop_boxes(0, 0, numbers, *sizes, (0.3, 1.0))
-        if half == 1:
-            boxes[:, 0 if wide else 1] += half_width if wide else half_height
-        try:
-            crops.append(decoder.decode([encoded] * CROPS, boxes, image_size))
-        except DecodeError as error:
-            raise UserError(f"{index.path(i)} cannot be decoded: {error.reason}; remove or replace it") from None
-    return torch.cat(crops)

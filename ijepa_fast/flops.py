@@ -7,8 +7,27 @@ out, as in Kaplan et al. (arXiv 2001.08361, section 2.1) and in the usual defini
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from ijepa_fast.model import Size
+
+# Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets; the first that fits.
+PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 FLOP/s of a GPU, what MFU is a share of; None where it is not known, as of a CPU."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAKS.items() if part in name), None)
 
 
 class StepFlops(NamedTuple):

@@ -16,6 +16,7 @@ import submitit
 from submitit.slurm.slurm import _make_sbatch_string
 
 from ijepa_fast import train
+from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
 from ijepa_fast.errors import UserError
 
@@ -64,16 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        return launch(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-
-
-def launch(args: argparse.Namespace) -> int:
     config, _ = load_config(args.config, args.overrides)
     for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
         if getattr(args, name) <= 0:
@@ -99,9 +93,9 @@ def launch(args: argparse.Namespace) -> int:
         options["partition"] = args.partition
     folder = config.train.folder.absolute() / "slurm"
     if args.print:
-        command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-        print(_make_sbatch_string(command=command, folder=folder, **options))
-        return 0
+        task = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+        print(_make_sbatch_string(command=task, folder=folder, **options))
+        return
 
     arguments = ["--config", str(Path(args.config).absolute()), *args.overrides, *(["--resume"] if args.resume else [])]
     try:
@@ -111,7 +105,6 @@ def launch(args: argparse.Namespace) -> int:
     executor.update_parameters(**options)
     job = executor.submit(Task(arguments, config.train.folder.absolute()))
     print(f"job {job.job_id} submitted; its log: {job.paths.stdout}")
-    return 0
 
 
 if __name__ == "__main__":

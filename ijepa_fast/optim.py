@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ijepa_fast.config import OptimConfig
+
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
@@ -55,6 +57,23 @@ class Schedule:
         # Over the unrounded length, as released: `total` is cut down to an integer.
         length = self.steps_per_epoch * self.epochs * self.schedule_stretch
         return self.start_momentum + step * (self.final_momentum - self.start_momentum) / length
+
+
+def build_schedule(config: OptimConfig, steps_per_pass: int) -> Schedule:
+    """The schedules of a config; `steps_per_pass`: updates in one pass over the images."""
+    return Schedule(
+        steps_per_epoch=config.epoch_length or steps_per_pass,
+        epochs=config.epochs,
+        warmup_epochs=config.warmup_epochs,
+        start_lr=config.start_lr,
+        peak_lr=config.lr,
+        final_lr=config.final_lr,
+        start_weight_decay=config.weight_decay,
+        final_weight_decay=config.final_weight_decay,
+        start_momentum=config.momentum[0],
+        final_momentum=config.momentum[1],
+        schedule_stretch=config.schedule_stretch,
+    )
 
 
 def _half_cosine(start: float, end: float, progress: float) -> float:

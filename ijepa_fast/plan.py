@@ -26,11 +26,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ijepa_fast.cli import command
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
-from ijepa_fast.flops import step_flops
+from ijepa_fast.flops import PEAKS, step_flops
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.model import Block, Size, build_encoder, build_predictor
+from ijepa_fast.model import Block, Size
+from ijepa_fast.run import draw_models
 
 KNOWN_IMAGES = {"imagenet-1k": 1_281_167, "imagenet-22k": 14_197_122}  # by a part of data.root
 RESERVED = 0.08  # of a GPU's memory: CUDA's context, NCCL's buffers, fragmentation. An assumption
@@ -47,10 +49,10 @@ class Gpu(NamedTuple):
 
 # NVIDIA's data sheets (SXM boards, dense rates) and the network of its DGX systems: one 200 or 400 Gb/s port a GPU.
 GPUS = {
-    "a100": Gpu(80, 312, 300, 25),
-    "h100": Gpu(80, 989, 450, 50),
-    "h200": Gpu(141, 989, 450, 50),
-    "b200": Gpu(180, 2250, 900, 50),
+    "a100": Gpu(80, PEAKS["A100"] / 1e12, 300, 25),
+    "h100": Gpu(80, PEAKS["H100"] / 1e12, 450, 50),
+    "h200": Gpu(141, PEAKS["H200"] / 1e12, 450, 50),
+    "b200": Gpu(180, PEAKS["B200"] / 1e12, 900, 50),
 }
 NODE = 8  # GPUs
 STEPS = 32  # whose masks give the mean lengths
@@ -85,10 +87,7 @@ class Model:
 def describe(config: Config) -> Model:
     """The model and the mean token counts of a config, from the masks of some of its steps."""
     with torch.device("meta"):
-        encoder = build_encoder(
-            config.model.name, image_size=config.data.image_size, patch_size=config.model.patch_size
-        )
-        predictor = build_predictor(encoder, depth=config.model.predictor_depth, dim=config.model.predictor_dim)
+        encoder, predictor = draw_models(config, torch.device("meta"))
     sampler = MultiBlockMasks(config.mask, config.grid, config.train.seed, config.optim.global_batch_size)
     images = min(config.optim.global_batch_size, 256)
     sums = np.zeros(5)
@@ -97,9 +96,15 @@ def describe(config: Config) -> Model:
         context, target = (packed.cu_seqlens.diff().numpy() for packed in (masks.context, masks.target))
         context_of = masks.context_of.numpy()
         flops = step_flops(
-            encoder.size, predictor.size, config.model.patch_size, images=images, patches=config.grid**2,
-            context_lengths=context, target_lengths=target, context_of=context_of,
-        )  # fmt: skip
+            encoder.size,
+            predictor.size,
+            config.model.patch_size,
+            images=images,
+            patches=config.grid**2,
+            context_lengths=context,
+            target_lengths=target,
+            context_of=context_of,
+        )
         predicted_from = context[context_of].sum() + target.sum()
         sums += context.sum(), target.sum(), predicted_from, flops.target, flops.context + flops.predictor
     context, target, predicted_from, flops_target, flops_trained = sums / (STEPS * images)
@@ -225,9 +230,15 @@ def plan(
 
     def need(micro_batch: int) -> Memory:
         return memory(
-            model, strategy, shards, micro_batch, checkpointing,
-            accumulates=micro_batch < share, compute=compute, residual=residual,
-        )  # fmt: skip
+            model,
+            strategy,
+            shards,
+            micro_batch,
+            checkpointing,
+            accumulates=micro_batch < share,
+            compute=compute,
+            residual=residual,
+        )
 
     fitting = [n for n in range(1, share + 1) if share % n == 0 and need(n).total <= room]
     micro_batch = max(fitting, default=1)
@@ -334,31 +345,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_intermixed_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
+@command
+def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    try:
-        config, _ = load_config(args.config, args.overrides)
-        batch = config.optim.global_batch_size
-        if args.gpus < 1 or batch % args.gpus:
-            raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
-        if not 0 < args.mfu <= 1:
-            raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
-        known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
-        images = args.images or next(known, None)
-        model, gpu = describe(config), GPUS[args.gpu]
-        plans = [
-            plan(config, model, gpu, args.gpus, strategy, checkpointing, args.mfu, images)
-            for strategy in strategies(args.gpus)
-            for checkpointing in ("none", "selective", "full")
-        ]
-        if args.out:
-            draw(config, model, gpu, args.gpu, args.mfu, args.out)
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config, _ = load_config(args.config, args.overrides)
+    batch = config.optim.global_batch_size
+    if args.gpus < 1 or batch % args.gpus:
+        raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
+    known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
+    images = args.images or next(known, None)
+    model, gpu = describe(config), GPUS[args.gpu]
+    plans = [
+        plan(config, model, gpu, args.gpus, strategy, checkpointing, args.mfu, images)
+        for strategy in strategies(args.gpus)
+        for checkpointing in ("none", "selective", "full")
+    ]
+    if args.out:
+        draw(config, model, gpu, args.gpu, args.mfu, args.out)
     if args.json:
         print(json.dumps([asdict(p) for p in plans], indent=1))
-        return 0
+        return
     console = Console(highlight=False)
     tokens = f"{model.context:.0f} context and {model.target:.0f} target tokens"
     console.print(
@@ -390,7 +398,6 @@ def main(argv: list[str] | None = None) -> int:
         f"and days are predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s, links of "
         f"{gpu.node_link:.0f} GB/s in a node and {gpu.network:.0f} between nodes, the longer of the two."
     )
-    return 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 import parallel_jobs as jobs
 import torch.distributed.checkpoint as dcp
 
+from ijepa_fast import step as step_module
 from ijepa_fast import train
 
 
@@ -17,7 +18,7 @@ def die(*arguments, **keywords) -> None:
 
 when, _, number = sys.argv[1].partition(" ")
 if int(os.environ["RANK"]) == int(sys.argv[2]):
-    update, backward = train.update, train.backward
+    update, backward = train.update, step_module.backward
     if when == "load":
         dcp.load = die
     elif when == "save":
@@ -34,7 +35,7 @@ if int(os.environ["RANK"]) == int(sys.argv[2]):
         # Between the backward of a micro-batch and the next, at which the others wait for it.
         def die_in_step(run, step, batches):
             if step + 1 == int(number):
-                train.backward = lambda *some: (backward(*some), die())
+                step_module.backward = lambda *some: (backward(*some), die())
             return update(run, step, batches)
 
         train.update = die_in_step

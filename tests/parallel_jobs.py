@@ -1,5 +1,4 @@
 """What the ranks of test_parallel*.py do: the command line, with a model whose shards are uneven and some empty."""
-import contextlib
 import copy
 import os
 import resource
@@ -15,13 +14,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ijepa_fast import distributed, model, parallel
+from ijepa_fast import distributed, model, parallel, step
 from ijepa_fast import train as driver
-from ijepa_fast.build import Run
 from ijepa_fast.config import load_config
 from ijepa_fast.data import index
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
+from ijepa_fast.run import Run, build_run
 
 # Contexts and targets of all lengths; 12 images a step make 12, 6, 4 or 3 a rank in micro-batches of 2 and fewer.
 CONFIG = """
@@ -68,10 +67,10 @@ def exit_on_rank_0(argv: list[str]) -> int:
     """An image that rank 0 alone has cannot be decoded, in step 3: it leaves, as a process of its own does."""
     update = driver.update
 
-    def fail(run: Run, step: int, batches: Iterator[Batch]) -> Any:
-        if run.world.is_main and step == 2:
+    def fail(run: Run, at: int, batches: Iterator[Batch]) -> Any:
+        if run.world.is_main and at == 2:
             raise UserError("a photograph cannot be decoded")
-        return update(run, step, batches)
+        return update(run, at, batches)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "update", fail)
@@ -81,12 +80,12 @@ def exit_on_rank_0(argv: list[str]) -> int:
     return code
 
 
-def train_until(argv: list[str], step: int) -> int:
-    """A SIGTERM comes to the last rank in the middle of `step`."""
+def train_until(argv: list[str], number: int) -> int:
+    """A SIGTERM comes to the last rank in the middle of that step."""
     update = driver.update
 
     def update_under_signal(run: Run, at: int, batches: Iterator[Batch]) -> Any:
-        if at + 1 == step and run.world.rank == run.world.size - 1:
+        if at + 1 == number and run.world.rank == run.world.size - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return update(run, at, batches)
 
@@ -108,15 +107,15 @@ def train_compiled(argv: list[str]) -> tuple[int, int]:
 
 def train_watching_shards(argv: list[str]) -> tuple[int, int, int]:
     """Exit code; how often all parameters were shards, right after a loss or before an update; empty shards."""
-    loss, update, seen = driver.ijepa_loss, driver.update, []
+    loss, update, seen = step.ijepa_loss, driver.update, []
 
     def look(models: list[nn.Module]) -> None:
         seen.append([p for model in models for p in model.parameters()])
         assert all(isinstance(p, DTensor) for p in seen[-1])
 
-    def update_and_look(run: Run, step: int, batches: Iterator[Batch]) -> Any:
+    def update_and_look(run: Run, at: int, batches: Iterator[Batch]) -> Any:
         look([run.state.encoder, run.state.predictor, run.state.target_encoder])  # the first time: after a probe
-        return update(run, step, batches)
+        return update(run, at, batches)
 
     def loss_and_look(*arguments: Any, **options: Any) -> torch.Tensor:
         value = loss(*arguments, **options)
@@ -125,7 +124,7 @@ def train_watching_shards(argv: list[str]) -> tuple[int, int, int]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "update", update_and_look)
-        patch.setattr(driver, "ijepa_loss", loss_and_look)
+        patch.setattr(step, "ijepa_loss", loss_and_look)
         code = train(argv)
     return code, len(seen), sum(p.to_local().numel() == 0 for p in seen[-1])
 
@@ -138,7 +137,7 @@ def count_scans(argv: list[str], cache: str) -> int:
         patch.setattr(index, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
         patch.setenv("XDG_CACHE_HOME", cache)
         config, _ = load_config(argv[1], argv[2:])
-        with distributed.join(config) as world, contextlib.closing(Run(config, world)):
+        with distributed.join(config) as world, build_run(config, world):
             pass
     return len(scans)
 
@@ -168,9 +167,9 @@ def train_wide(argv: list[str]) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(model.SIZES, "vit_giant", model.SIZES["vit_giant"]._replace(depth=2))
         config, _ = load_config(argv[1], argv[2:])
-        with distributed.join(config) as world, contextlib.closing(Run(config, world)) as run:
-            batches = run.loader.batches(0, 3)
-            return [float(world.mean(driver.update(run, step, batches)[0])) for step in range(3)]
+        with distributed.join(config) as world, build_run(config, world) as run:
+            batches = run.data.loader.batches(0, 3)
+            return [float(world.mean(driver.update(run, number, batches).loss)) for number in range(3)]
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:

@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ijepa_fast import checkpoint
-from ijepa_fast.checkpoint import Checkpoints, TrainState, init_from, verify
+from ijepa_fast.checkpoint import Checkpoints, init_from, verify
 from ijepa_fast.config import Config, validate
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
+from ijepa_fast.run import TrainState
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 CONFIG = validate({"data": {"root": "photographs"}}, "test")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ijepa_fast import demo
 from ijepa_fast.config import load_config
 from ijepa_fast.data.index import build_index
 from ijepa_fast.demo import PHOTOGRAPHS, write_photographs
@@ -56,30 +57,32 @@ def test_a_second_call_writes_nothing_again(root):
 
 def test_the_config_fits_the_photographs(root):
     config, _ = load_config(DEMO)
-    assert config.optim.global_batch_size == config.log.crop_knn == len(list(root.iterdir()))
+    assert config.optim.global_batch_size == demo.IN_TABLE == len(list(root.iterdir()))
     with pytest.raises(UserError, match="two images"):
         held_out(np.arange(10), config.log.probe_images)  # so the probe of the demo is RankMe alone
 
 
-def test_it_trains_and_ends_with_what_it_made(root, train, tmp_path):
+def test_it_trains_and_ends_with_what_it_made(root, capfd, tmp_path, monkeypatch):
     folder = tmp_path / "run"
+    monkeypatch.setattr(demo, "IN_TABLE", 3)
     small = (
         f"data.root={root}", f"train.folder={folder}", "optim.epochs=1", "optim.epoch_length=2", "data.image_size=64",
-        "model.predictor_depth=1", "mask.min_keep=2", "log.crop_knn=3", "parallel.cpu_threads=1",
+        "model.predictor_depth=1", "mask.min_keep=2", "parallel.cpu_threads=1",
     )  # fmt: skip
-    outcome = train(*small, config=DEMO)
-    assert outcome.code == 0, outcome.err
+    code = demo.main(["--config", str(DEMO), *small])
+    out, err = capfd.readouterr()
+    assert code == 0, err
     assert [row["step"] for row in read_log(folder)[0]] == [1, 2]
-    assert f"checkpoint  {folder}/checkpoints/step_00000002\n" in outcome.out
+    assert f"checkpoint  {folder}/checkpoints/step_00000002\n" in out
     for name, file in (("curves", "curves.png"), ("mask sheet", "masks.png")):
-        assert re.search(rf"{name} +{folder}/{file}\n", outcome.out)
+        assert re.search(rf"{name} +{folder}/{file}\n", out)
         with contextlib.closing(Image.open(folder / file)) as image:
             image.load()
             assert image.format == "PNG"
 
-    table = {name: re.search(rf"{name} +│ +(\d+\.\d)% ", outcome.out) for name in
+    table = {name: re.search(rf"{name} +│ +(\d+\.\d)% ", out) for name in
              ("chance", "mean colour", "features before", "features after")}  # fmt: skip
-    assert all(table.values()), outcome.out
+    assert all(table.values()), out
     assert float(table["chance"][1]) == 33.3
-    assert "3 photographs" in outcome.out
-    assert "Minutes on a few images show that every part works" in outcome.out
+    assert "3 photographs" in out
+    assert "Minutes on a few images show that every part works" in out

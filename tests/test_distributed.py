@@ -19,17 +19,17 @@ EVERY_TEN = ("train.checkpoint_every=10", "log.probe_every=10")
 
 # Several runs in one group of processes, which costs one start.
 SCRIPT = """
-import contextlib, json, sys
+import json, sys
 from rich.console import Console
 from ijepa_fast import distributed
-from ijepa_fast.build import Run
 from ijepa_fast.config import load_config
+from ijepa_fast.run import build_run
 from ijepa_fast.train import train
 
 runs = [(load_config(path, words)[0], resume) for path, words, resume in json.loads(sys.argv[1])]
 with distributed.join(runs[0][0]) as world:
     for config, resume in runs:
-        with contextlib.closing(Run(config, world)) as run:
+        with build_run(config, world) as run:
             train(run, Console(quiet=not world.is_main), resume=resume)
 """
 

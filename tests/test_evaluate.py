@@ -1,4 +1,4 @@
-"""RankMe and k-NN against closed forms and plain loops; splits; crops of halves that share no pixel."""
+"""RankMe and k-NN against closed forms and plain loops; splits; the probe that a run makes."""
 import contextlib
 import math
 
@@ -14,7 +14,7 @@ from ijepa_fast.data.loader import eval_batches
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
-from ijepa_fast.evaluate import CROPS, Probe, build_probe, crop_knn, held_out, knn_accuracy, pooled, rankme
+from ijepa_fast.evaluate import Probe, build_probe, held_out, knn_accuracy, pooled, rankme
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 
@@ -148,11 +148,6 @@ class Corner(nn.Module):
         return images[:, :1, 0].float() - 127.5
 
 
-class Constant(nn.Module):
-    def forward(self, images: Tensor) -> Tensor:
-        return torch.ones(len(images), 1, 3)
-
-
 @pytest.fixture
 def source():
     """(index, decoder, reader) of a folder."""
@@ -172,78 +167,6 @@ def source():
 def save(pixels: np.ndarray, path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
-
-
-@pytest.mark.parametrize("shape", [(40, 61), (61, 40), (33, 33)])  # height, width
-def test_bank_and_query_crops_share_no_pixel(shape, source, tmp_path):
-    """Each half of each photograph has a colour of its own; one pixel of the other half would tint a crop."""
-    height, width = shape
-    colours = np.random.default_rng(0).integers(0, 256, (3, 2, 3), dtype=np.uint8)
-    for n, (first, second) in enumerate(colours):
-        pixels = np.empty((*shape, 3), np.uint8)
-        if width >= height:
-            pixels[:, : width // 2], pixels[:, width // 2 :] = first, second
-        else:
-            pixels[: height // 2], pixels[height // 2 :] = first, second
-        save(pixels, tmp_path / f"{n}.png")
-    index, decoder, reader = source(tmp_path)
-    seen = []
-
-    class Watch(MeanColour):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append(images)
-            return super().forward(images)
-
-    crop_knn({"watch": Watch()}, index, decoder, reader, most=3, image_size=16, device=torch.device("cpu"))
-    crops = torch.cat(seen).view(2, 3, CROPS, 16, 16, 3).numpy()  # half, photograph, crop
-    for half in (0, 1):
-        for n in range(3):
-            assert (crops[half, n] == colours[n, half]).all()
-
-
-def test_crops_differ_among_themselves_and_between_halves(source, tmp_path):
-    """In a ramp of brightness a crop's mean tells where it lies."""
-    ramp = np.linspace(0, 255, 400)[None, :, None] * np.ones((100, 1, 3))
-    save(ramp.astype(np.uint8), tmp_path / "0.png")
-    save(ramp[:, ::-1].astype(np.uint8), tmp_path / "1.png")
-    index, decoder, reader = source(tmp_path)
-    seen = []
-
-    class Watch(MeanColour):
-        def forward(self, images: Tensor) -> Tensor:
-            seen.append(images)
-            return super().forward(images)
-
-    crop_knn({"watch": Watch()}, index, decoder, reader, most=2, image_size=16, device=torch.device("cpu"))
-    means = torch.cat(seen).float().mean(dim=(1, 2, 3)).view(2, 2, CROPS)
-    for half in means.flatten(0, 1):
-        assert len(half.unique()) > CROPS * 3 // 4  # two crops may share a mean
-    # The first photograph is dark on its left half, where its bank lies; the second is its mirror image.
-    assert (means[0, 0] < 128).all()
-    assert (means[1, 0] > 127).all()
-    assert (means[0, 1] > 127).all()
-
-
-def test_crop_knn_of_photographs_anyone_can_tell_apart(source, tmp_path):
-    for n, colour in enumerate([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0), (0, 255, 255)]):
-        save(np.full((50, 80, 3), colour, np.uint8), tmp_path / f"{n}.png")
-    index, decoder, reader = source(tmp_path)
-    accuracy, photographs = crop_knn(
-        {"sees colour": MeanColour(), "sees nothing": Constant()},
-        index, decoder, reader, most=5, image_size=16, device=torch.device("cpu"),
-    )  # fmt: skip
-    assert photographs == 5
-    assert list(accuracy) == ["chance", "mean colour", "sees colour", "sees nothing"]
-    assert accuracy["chance"] == 0.2
-    assert accuracy["mean colour"] == accuracy["sees colour"] == 1
-    assert accuracy["sees nothing"] == pytest.approx(0.2)  # a mean in fp32
-
-
-def test_crop_knn_takes_some_of_many(source, photographs):
-    index, decoder, reader = source(photographs)
-    accuracy, number = crop_knn({}, index, decoder, reader, most=7, image_size=8, device=torch.device("cpu"))
-    assert number == 7
-    assert accuracy["chance"] == 1 / 7
 
 
 def probe_of(root, source, *, most=1000, must_have_labels=False, world=ALONE, batch=3) -> Probe:

@@ -11,17 +11,19 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from ijepa_fast import metrics
+from ijepa_fast import metrics, view
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
+from ijepa_fast.flops import peak_flops, step_flops
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.metrics import COLUMNS, Bar, Meter, RunLog, TokenCounts, draw_curves, read_log
+from ijepa_fast.metrics import COLUMNS, Bar, Meter, Rates, RunLog, StepRow, TokenCounts, read_log
+from ijepa_fast.model import build_encoder, build_predictor
 
 
-def row(step: int) -> dict:
-    values = {name: float(i) for i, name in enumerate(COLUMNS)}
-    return {**values, "epoch": (step - 1) // 5 + 1, "itr": (step - 1) % 5, "step": step, "loss": 1 / 3 / step}
+def row(step: int) -> StepRow:
+    values = StepRow(*map(float, range(len(COLUMNS))))
+    return values._replace(epoch=(step - 1) // 5 + 1, itr=(step - 1) % 5, step=step, loss=1 / 3 / step)
 
 
 def write(folder, steps, *, resume_step=0, probe_every=None, tensorboard=False) -> None:
@@ -168,7 +170,7 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
     drawn = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: (drawn.append(figure), savefig(figure, path)))
-    path = draw_curves(tmp_path)
+    path = view.draw_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     with Image.open(path) as image:
         image.load()
@@ -186,7 +188,7 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
         assert (x, list(line.get_ydata())) == ([r["step"] for r in steps], [r[key] for r in steps])
     (loss, smoothed) = next(lines for name, lines in curves.items() if name.startswith("loss"))
     assert list(loss[1].get_ydata()) == [r["loss"] for r in steps]
-    assert list(smoothed[1].get_ydata()) == metrics._smoothed([r["loss"] for r in steps])
+    assert list(smoothed[1].get_ydata()) == view._smoothed([r["loss"] for r in steps])
     assert ("RankMe" in curves) == ("k-NN accuracy, %" in curves) == (probe_every is not None)
     if probe_every is not None:
         assert [p["step"] for p in probes] == curves["RankMe"][0][0]
@@ -199,18 +201,55 @@ def test_curves_of_a_probe_without_labels(tmp_path):
     log.steps([row(1)])
     log.probe(1, {"rankme": 2.0})
     log.close()
-    assert draw_curves(tmp_path).exists()
+    assert view.draw_curves(tmp_path).exists()
 
 
 def test_rates(monkeypatch):
     clock = iter([10.0, 12.5])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
-    meter = Meter(waited=4.0)
-    meter.add(images=32, tokens=1000)
-    meter.add(images=32, tokens=1500)
-    assert meter.rates(waited=4.5) == {
-        "time (ms)": 1250.0, "images/s": 25.6, "tokens/s": 1000.0, "data_wait": 0.2
-    }  # fmt: skip
+    meter = Meter(waited=4.0, peak=8e12)
+    meter.add(images=32, tokens=1000, flops=2e12)
+    meter.add(images=32, tokens=1500, flops=3e12)
+    assert meter.rates(waited=4.5) == Rates(
+        time_ms=1250.0, images_s=25.6, tokens_s=1000.0, data_wait=0.2, tflops=2.0, mfu=0.25
+    )
+
+
+def test_no_mfu_where_the_peak_is_not_known(tmp_path):
+    """An empty field, null, and no point in TensorBoard: no number that means something else."""
+    meter = Meter(waited=0.0, peak=peak_flops(torch.device("cpu")))
+    meter.add(images=1, tokens=1, flops=1e12)
+    rates = meter.rates(waited=0.0)
+    assert rates.mfu is None
+    log = RunLog(tmp_path, 0, tensorboard=True)
+    log.steps([row(1)._replace(**rates._asdict())])
+    log.close()
+    assert (tmp_path / "log.csv").read_text().endswith(",\n")
+    assert read_log(tmp_path)[0][0]["mfu"] is None
+    with pytest.raises(KeyError):
+        events(tmp_path, "train/mfu")
+    assert len(events(tmp_path, "train/images/s")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("GeForce GTX 1080", None)]
+)
+def test_the_peak_goes_by_the_device_s_name(name, peak, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
+
+
+def test_a_log_without_todays_columns_goes_on(tmp_path):
+    """As written before TFLOP/s and MFU were logged."""
+    write(tmp_path, range(1, 4))
+    file = tmp_path / "log.csv"
+    file.write_text("".join(",".join(line.split(",")[:-2]) + "\n" for line in file.read_text().splitlines()))
+    write(tmp_path, [3, 4], resume_step=2)
+    with open(file, newline="") as lines:
+        table = list(csv.DictReader(lines))
+    assert [line["step"] for line in table] == ["1", "2", "3", "4"]
+    assert [line["loss"] for line in table] == [repr(1 / 3 / step) for step in range(1, 5)]
+    assert [line["mfu"] for line in table] == ["", "", "14.0", "14.0"]
 
 
 @pytest.mark.parametrize("contexts", [1, 2])
@@ -225,18 +264,27 @@ def test_token_counts_are_those_of_the_transformers(contexts):
 
     context, target = masks.context.cu_seqlens.diff().tolist(), masks.target.cu_seqlens.diff().tolist()
     predictor = sum(context[c] + t for c, t in zip(masks.context_of.tolist(), target, strict=True))
+    with torch.device("meta"):
+        encoder = build_encoder("vit_tiny", image_size=4 * grid, patch_size=4)
+        narrow = build_predictor(encoder, depth=2, dim=48)
+    exact = step_flops(
+        encoder.size, narrow.size, 4, images=images, patches=grid**2, context_lengths=np.array(context),
+        target_lengths=np.array(target), context_of=masks.context_of.numpy(),
+    ).total  # fmt: skip
+    assert counts.flops(encoder, narrow) == pytest.approx(2 * exact, rel=0.01)  # mean lengths: attention alone differs
     assert counts.all == 2 * (images * grid**2 + sum(context) + predictor)
     assert counts.context / counts.contexts == sum(context) / (images * contexts)
     assert counts.target / counts.targets == sum(target) / (images * contexts * 3)
 
 
-def report(*, terminal: bool, shown: bool, left: float = 90.0) -> str:
+def report(*, terminal: bool, shown: bool, left: float = 90.0, mfu: float | None = 0.417) -> str:
     with open(os.devnull, "w") as sink:
         console = Console(file=sink, force_terminal=terminal, width=200, record=True)
         bar = Bar(console, 10, 100, epochs=4, shown=shown)
         bar.advance(40)
-        bar.report({**row(40), "epoch": 2, "loss": 0.25, "lr": 1e-3, "momentum": 0.9975, "images/s": 320.5,
-                    "tokens/s": 123456.0, "data_wait": 0.031, "time (ms)": 1000 * left / 60})  # fmt: skip
+        numbers = {"loss": 0.25, "lr": 1e-3, "momentum": 0.9975, "images_s": 320.5, "tokens_s": 123456.0}
+        speed = {"data_wait": 0.031, "tflops": 412.4, "mfu": mfu, "time_ms": 1000 * left / 60}
+        bar.report(row(40)._replace(epoch=2, **numbers, **speed))
         bar.close()
         return console.export_text()
 
@@ -245,9 +293,13 @@ def report(*, terminal: bool, shown: bool, left: float = 90.0) -> str:
 def test_progress_tells_what_is_asked_for(terminal, shown):
     text = report(terminal=terminal, shown=shown)
     for words in ("epoch 2/4", "40/100", "loss 0.2500", "lr 1.00e-03", "momentum 0.99750", "320.5 images/s",
-                  "123456 tokens/s", "data wait 3%"):  # fmt: skip
+                  "123456 tokens/s", "MFU 41.7%", "data wait 3%"):  # fmt: skip
         assert words in text
     assert ("0:01:30 left" if terminal and shown else "1.5 min left") in text
+
+
+def test_progress_without_a_known_peak():
+    assert "412.40 TFLOP/s" in report(terminal=False, shown=True, mfu=None)
 
 
 def test_time_left_in_days():
@@ -255,8 +307,8 @@ def test_time_left_in_days():
 
 
 def test_smoothed_loss_follows_a_constant_and_lags_a_step():
-    assert metrics._smoothed([2.0] * 5) == [2.0] * 5
-    smoothed = metrics._smoothed([0.0] + [1.0] * 200)
+    assert view._smoothed([2.0] * 5) == [2.0] * 5
+    smoothed = view._smoothed([0.0] + [1.0] * 200)
     assert smoothed[0] == 0
     assert all(a < b for a, b in itertools.pairwise(smoothed[:50]))
     assert math.isclose(smoothed[-1], 1, abs_tol=1e-5)

@@ -140,7 +140,7 @@ def test_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
         (["--gpus", "8", "model.nam=x"], "unknown key model.nam; did you mean model.name?"),
         (["--gpus", "8", "mask.min_keep=1000"], "mask.min_keep=1000 cannot be met"),
         (["--gpus", "8", "model.predictor_dim=100"], "predictor's dim 100 must be a multiple of 4"),
-        (["--gpus", "8", "--out", "/nowhere/plan.png"], "No such file or directory: '/nowhere/plan.png'"),
+        (["--gpus", "8", "--out", "/nowhere/plan.png"], "error: /nowhere/plan.png: No such file or directory"),
     ],
 )
 def test_bad_input(arguments, sentence, capsys):

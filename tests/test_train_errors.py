@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import ijepa_fast.train as driver
-from ijepa_fast import distributed
-from ijepa_fast.build import Run
+from ijepa_fast import distributed, step
 from ijepa_fast.config import load_config
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import read_log
+from ijepa_fast.run import build_run
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ def no_memory_cuda() -> None:
 @pytest.mark.parametrize("fail", [no_memory_cpu, no_memory_cuda])
 @pytest.mark.parametrize("mode", ["train", "dry run"])
 def test_out_of_memory_names_the_micro_batch_to_lower(fail, mode, train, monkeypatch, tmp_path):
-    monkeypatch.setattr("ijepa_fast.train.ijepa_loss", lambda *args, **kwargs: fail())
+    monkeypatch.setattr("ijepa_fast.step.ijepa_loss", lambda *args, **kwargs: fail())
     outcome = train(f"train.folder={tmp_path / 'run'}", *(["--dry-run"] if mode == "dry run" else []))
     assert outcome.error.startswith("out of memory with optim.micro_batch=8; lower it, for instance to 4 ")
 
@@ -324,12 +324,12 @@ def test_non_finite_loss_stops_the_run_and_keeps_the_last_checkpoint(train, copy
 
 def train_losses(monkeypatch, losses: list[float]) -> list[float]:
     """Make the next updates report these losses."""
-    backward = driver.backward
+    backward = step.backward
 
     def reported(*args):
         return torch.full_like(backward(*args), losses.pop(0))
 
-    monkeypatch.setattr(driver, "backward", reported)
+    monkeypatch.setattr(step, "backward", reported)
     return losses
 
 
@@ -349,8 +349,9 @@ def test_weights_that_are_not_finite_are_not_saved(probe_every, train, tmp_path)
 
 def test_global_batch_that_does_not_divide(tiny_config, tmp_path):
     config, _ = load_config(tiny_config, [f"train.folder={tmp_path}"])
-    with pytest.raises(UserError, match=r"optim\.global_batch_size 8 does not divide among 3 processes"):
-        Run(config, World(0, 3, torch.device("cpu"), "ddp"))
+    said = r"optim\.global_batch_size 8 does not divide among 3 processes"
+    with pytest.raises(UserError, match=said), build_run(config, World(0, 3, torch.device("cpu"), "ddp")):
+        pass
 
 
 def test_single_strategy_with_several_processes(tiny_config, monkeypatch):

@@ -1,0 +1,49 @@
+"""What all command lines share: an error is one sentence on stderr and an exit code, never a traceback.
+
+Exit codes: 0; 2 for a mistake that the user can mend (`UserError`, or an error of the operating system); 1 where
+another rank was lost; 130 after Ctrl-C. What is a bug keeps its traceback.
+"""
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable
+
+from ijepa_fast import distributed
+from ijepa_fast.errors import SharedError, UserError
+
+
+def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
+    """Decorate `main(argv)`: it returns the exit code, after one sentence on stderr where that is not 0.
+
+    Of several ranks, one a machine speaks for all where all make the same mistake: before they have joined, and in a
+    `SharedError`. Any other is a rank's own, and is said with its number.
+    """
+
+    @functools.wraps(main)
+    def run(argv: list[str] | None = None) -> int:
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        try:
+            main(argv)
+        except UserError as error:
+            own = distributed.has_joined() and not isinstance(error, SharedError)
+            if own or os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {rank if own else ''}{error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # the disk is full, or a folder went away
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {rank}{where}{error.strerror or error}", file=sys.stderr)
+            return 2
+        except RuntimeError as error:
+            if not (sentence := distributed.lost_contact(error)):
+                raise
+            # The other rank's own error comes first; torchrun, having seen it, may end this process meanwhile.
+            time.sleep(1)
+            print(f"error: {rank}{sentence}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt as stop:
+            print(f"{rank}interrupted{f'; {stop}' if str(stop) else ''}", file=sys.stderr)
+            return 130
+        return 0
+
+    return run

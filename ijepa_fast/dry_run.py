@@ -1,0 +1,40 @@
+"""`train --dry-run`: memory and time of two micro-batches and one update on the real data; writes nothing."""
+import itertools
+import time
+
+import torch
+from ijepa_kernels import ema_update_
+from rich.console import Console
+
+from ijepa_fast.memory import memory_advice, peak_memory
+from ijepa_fast.optim import set_rates
+from ijepa_fast.run import Run
+from ijepa_fast.step import backward
+
+
+def dry_run(run: Run, console: Console) -> None:
+    config, device, loader = run.config, run.world.device, run.data.loader
+    batches = loader.batches(0, 2)
+    set_rates(run.state.optimizer, run.schedule, 0)
+    times = [_now(device)]
+    with memory_advice(config.optim.micro_batch):
+        for last in (False, True):
+            backward(run, next(batches)._replace(last=last), run.loss_denominator(0))
+            times.append(_now(device))
+        run.state.optimizer.step()
+        ema_update_(*run.ema, run.schedule.momentum(0))
+    first, second, rest = (b - a for a, b in itertools.pairwise([*times, _now(device)]))
+    millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.state.encoder, run.state.predictor)]
+    parts, ipe = loader.micro_batches_per_step, run.schedule.steps_per_epoch
+    console.print(f"models       {config.model.name}, {millions[0]:.1f} M parameters; predictor, {millions[1]:.1f} M")
+    console.print(f"data         {len(run.data.source.index)} images; {ipe} steps an epoch, {run.total_steps} in all")
+    console.print(f"micro-batch  {config.optim.micro_batch} images: {second:.2f} s (the first one {first:.2f} s)")
+    console.print(f"update       {rest:.2f} s; a step of {parts} micro-batches about {parts * second + rest:.2f} s")
+    console.print(f"memory       {peak_memory(device) / 2**30:.2f} GiB at the peak")
+    console.print("Dry run: nothing was written.")
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

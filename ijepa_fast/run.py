@@ -1,0 +1,182 @@
+"""The parts of a pretraining run, assembled from its config by `build_run`."""
+import contextlib
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_fast.config import Config
+from ijepa_fast.data.index import Index, build_index
+from ijepa_fast.data.pipeline import ImageSource, Pipeline, build_pipeline
+from ijepa_fast.distributed import World
+from ijepa_fast.errors import SharedError, UserError
+from ijepa_fast.evaluate import Probe, build_probe
+from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor
+from ijepa_fast.optim import Schedule, build_optimizer, build_schedule
+from ijepa_fast.parallel import average_gradients, materialise, parallelize
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run carries from step to step, and a checkpoint holds (modules not wrapped by DDP)."""
+
+    encoder: VisionTransformer
+    predictor: Predictor
+    target_encoder: VisionTransformer
+    optimizer: torch.optim.Optimizer
+
+    def weights(self) -> dict[str, Any]:
+        return {name: getattr(self, name).state_dict() for name in ("encoder", "predictor", "target_encoder")}
+
+    def trained(self) -> nn.ModuleDict:
+        """What the optimizer steps; its parameter names key the optimizer's state."""
+        return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
+
+    def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters of the target encoder and those that they follow; frozen positions stay as they are."""
+        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
+        targets, sources = zip(*((target, source) for target, source in pairs if source.requires_grad), strict=True)
+        return list(targets), list(sources)
+
+
+class Run(NamedTuple):
+    config: Config
+    world: World
+    masks: MultiBlockMasks
+    data: Pipeline
+    state: TrainState
+    encoder: nn.Module  # what the loss is computed with: the state's, whose gradients are averaged over the ranks
+    predictor: nn.Module
+    ema: tuple[list[Tensor], list[Tensor]]  # target, source
+    schedule: Schedule
+    probe: Probe | None
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.optim.epochs * self.schedule.steps_per_epoch
+
+    def loss_denominator(self, step: int) -> float:
+        """What a rank's part of the loss is divided by, so that the mean over ranks is that over the global batch."""
+        return self.masks.count_targets(step) * self.state.encoder.size.dim / self.world.size
+
+
+@contextlib.contextmanager
+def build_run(config: Config, world: World, *, write_cache: bool = True) -> Iterator[Run]:
+    """All parts of a run; its threads end with the context. Raises UserError where the config cannot be met.
+
+    `write_cache=False` leaves no index of the images behind.
+    """
+    check_divisible(config, world)
+    with contextlib.ExitStack() as stack:
+        with world.raise_on_all_ranks():
+            masks = MultiBlockMasks(config.mask, config.grid, config.train.seed, config.optim.global_batch_size)
+        data = stack.enter_context(build_data(config, world, masks, write_cache))
+        state = build_state(config, world)
+        encoder, predictor = average_gradients(state.encoder, world), average_gradients(state.predictor, world)
+        ema = state.ema_parameters()
+        schedule = build_schedule(config.optim, data.sampler.steps_per_epoch)
+        probe = stack.enter_context(open_probe(config, world, data, write_cache))
+        yield Run(config, world, masks, data, state, encoder, predictor, ema, schedule, probe)
+
+
+def check_divisible(config: Config, world: World) -> None:
+    if config.optim.global_batch_size % world.size:
+        raise SharedError(
+            f"optim.global_batch_size {config.optim.global_batch_size} does not divide among {world.size} processes"
+        )
+
+
+def build_data(config: Config, world: World, masks: MultiBlockMasks, write_cache: bool) -> Pipeline:
+    """This rank's share of the batches of data.root."""
+    root = config.data.root
+    index = read_index(root, config, world, write_cache)
+    with world.raise_on_all_ranks():
+        if {"train", "val"} <= set(index.class_names):
+            raise UserError(f"data.root={root} holds both train and val; name one: data.root={root}/train")
+        return build_pipeline(
+            config.data,
+            masks,
+            micro_batch=config.optim.micro_batch,
+            index=index,
+            rank=world.rank,
+            world_size=world.size,
+            device=world.device,
+        )
+
+
+def read_index(root: Path, config: Config, world: World, write_cache: bool) -> Index:
+    """Rank 0 reads all headers, unless they are cached; the others find its cache, or that of their machine."""
+    turn = 0 if world.is_main or not write_cache else 1 if world.local_rank == 0 else 2
+    group = world.long_timeout_group()
+    for current in range(3):
+        with world.raise_on_all_ranks(group):
+            if turn == current:
+                index = build_index(root, threads=config.data.threads, write_cache=write_cache)
+    return index
+
+
+def build_state(config: Config, world: World) -> TrainState:
+    """Models at step 0, spread over the ranks, and their optimizer."""
+    with torch.device("meta"):
+        encoder, predictor = draw_models(config, world.device)
+    target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    # Ranks that hold shards get their part of rank 0's weights; the others draw the same weights themselves.
+    drawn = initial_models(config, world.device) if world.mesh is None or world.is_main else (None, None)
+    for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
+        parallelize(model, config.parallel, world, trained=model is not target_encoder)
+        materialise(model, weights, world)
+    optimizer = build_optimizer(encoder, predictor, betas=config.optim.betas, eps=config.optim.eps)
+    return TrainState(encoder, predictor, target_encoder, optimizer)
+
+
+def initial_models(config: Config, device: torch.device) -> tuple[VisionTransformer, Predictor]:
+    """Context encoder and predictor as at step 0, on the CPU: their weights are a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return draw_models(config, device)
+
+
+def draw_models(config: Config, device: torch.device) -> tuple[VisionTransformer, Predictor]:
+    """Context encoder and predictor, for training on `device`, with weights from torch's global generator."""
+    model, compute = config.model, config.model.compute_dtype
+    if compute == "auto":
+        compute = "bfloat16" if device.type == "cuda" else "float32"
+    encoder = build_encoder(
+        model.name,
+        image_size=config.data.image_size,
+        patch_size=model.patch_size,
+        compute_dtype=getattr(torch, compute),
+        residual_dtype=getattr(torch, model.residual_dtype),
+    )
+    try:
+        return encoder, build_predictor(encoder, depth=model.predictor_depth, dim=model.predictor_dim)
+    except ValueError as error:
+        raise UserError(f"model.predictor_dim={model.predictor_dim}: {error}") from None
+
+
+@contextlib.contextmanager
+def open_probe(config: Config, world: World, data: Pipeline, write_cache: bool) -> Iterator[Probe | None]:
+    """The probe of data.probe_root, or of the training images where that is not given."""
+    if config.log.probe_every is None:
+        yield None
+        return
+    source, root = data.source, config.data.probe_root
+    with contextlib.ExitStack() as stack:
+        if root is not None:
+            index = read_index(root, config, world, write_cache)
+            source = ImageSource(index, config.data, world.device, data.source.decoder)
+            stack.enter_context(contextlib.closing(source))
+        with world.raise_on_all_ranks():
+            probe = build_probe(
+                source.index,
+                config.log.probe_images,
+                lambda ids: source.center_crops(ids, config.optim.micro_batch),
+                world,
+                must_have_labels=root is not None,
+            )
+        yield probe

@@ -1,0 +1,74 @@
+"""One update of a run: gradients of all micro-batches, AdamW, and the EMA of the target encoder."""
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from ijepa_kernels import ema_update_
+from torch import Tensor
+
+from ijepa_fast.data.loader import Batch
+from ijepa_fast.memory import memory_advice
+from ijepa_fast.metrics import Rates, StepRow, TokenCounts
+from ijepa_fast.objective import ijepa_loss
+from ijepa_fast.optim import set_rates
+from ijepa_fast.parallel import accumulate
+from ijepa_fast.run import Run
+
+
+class Update(NamedTuple):
+    loss: Tensor  # this rank's part, on the device
+    step: int  # from 0
+    lr: float
+    weight_decay: float
+    momentum: float
+    counts: TokenCounts  # of this rank
+
+    def row(self, loss: float, rates: Rates, steps_per_epoch: int) -> StepRow:
+        """Its row of the log; `loss` is that of the global batch."""
+        epoch, itr = divmod(self.step, steps_per_epoch)
+        return StepRow(
+            epoch=epoch + 1,
+            itr=itr,
+            loss=loss,
+            context_tokens=round(self.counts.context / self.counts.contexts, 2),
+            target_tokens=round(self.counts.target / self.counts.targets, 2),
+            step=self.step + 1,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            momentum=self.momentum,
+            **rates._asdict(),
+        )
+
+
+def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
+    """Make update `step` (from 0), with this rank's micro-batches taken from `batches`. Waits for nothing on CUDA."""
+    lr, weight_decay = set_rates(run.state.optimizer, run.schedule, step)
+    momentum = run.schedule.momentum(step)
+    denominator = run.loss_denominator(step)
+    loss, counts = torch.zeros((), device=run.world.device), TokenCounts()
+    with memory_advice(run.config.optim.micro_batch):
+        for _ in range(run.data.loader.micro_batches_per_step):
+            batch = next(batches)
+            loss += backward(run, batch, denominator)
+            counts.add(batch, run.config.grid**2)
+        run.state.optimizer.step()
+        run.state.optimizer.zero_grad(set_to_none=True)
+        ema_update_(*run.ema, momentum)
+    return Update(loss, step, lr, weight_decay, momentum, counts)
+
+
+def backward(run: Run, batch: Batch, denominator: float) -> Tensor:
+    """Add a micro-batch's gradients; the last of a step averages them over the ranks. Returns its part of the loss."""
+    with contextlib.nullcontext() if batch.last else accumulate(run.encoder, run.predictor):
+        loss = ijepa_loss(
+            run.encoder,
+            run.predictor,
+            run.state.target_encoder,
+            batch.images,
+            batch.masks,
+            denominator=denominator,
+            kind=run.config.optim.loss,
+        )
+        loss.backward()
+    return loss.detach()
