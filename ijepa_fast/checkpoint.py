@@ -4,20 +4,18 @@
         shard-*.safetensors   encoder.*, predictor.*, target_encoder.*, optimizer.* (one file a rank)
         checkpoint.json       step, config, versions; size and CRC-32 of every shard
 
+`python -m ijepa_fast.checkpoint PATH [--export FILE]` shows, verifies and exports one (`checkpoint_cli`).
+
 A checkpoint is written to a temporary folder and renamed, so one that has its name is complete; its checksums are
 verified before it is loaded. Loading runs no code from the files: tensors come from safetensors, the rest from JSON.
 A run draws no random numbers after its weights' initialisation (order, crops and masks are functions of seed and step),
 so there is no generator state to keep.
 """
-import argparse
 import contextlib
 import json
-import math
 import os
 import shutil
 import sys
-import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,24 +24,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from rich.console import Console
-from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.utils._pytree import tree_map
 
+from ijepa_fast import compat
 from ijepa_fast.config import Config, check_same_run, load_saved_config
 from ijepa_fast.distributed import World
+from ijepa_fast.durable import checksum, sync_folder, write_durably
 from ijepa_fast.errors import SharedError, UserError
 
 if TYPE_CHECKING:
     from ijepa_fast.run import TrainState
 
 FORMAT = 1
-# How a single process is meant to use it.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -56,7 +49,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_folder: Path, keep_last: int, world: World, data: dict[str, int] | None = None):
-        self.folder = run_folder / "checkpoints"
+        self.run_folder, self.folder = run_folder, run_folder / "checkpoints"
         self.keep_last = keep_last
         self.world = world
         self.data = data
@@ -64,38 +57,47 @@ class Checkpoints:
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
-    def open(self, state: "TrainState", config: Config, *, resume: bool, say: Callable[[str], None]) -> int:
+    def open(
+        self, state: "TrainState", config: Config, *, resume: bool, report: Callable[[str], None] = lambda line: None
+    ) -> int:
         """Begin in the run folder, or go on in it; returns the number of updates already done.
 
-        Raises UserError where a new run would write over an old one, where there is nothing to resume, and where the
-        config would not continue the run.
+        `report` gets a line on what was loaded. Raises UserError where a new run would write over an old one, where
+        there is nothing to resume, and where the config would not continue the run.
         """
-        run_folder, kept = self.folder.parent, self.folder.parent / "config.yaml"
-        with self.world.raise_on_all_ranks():
+        self._check_folder(config, resume)
+        done = 0
+        if resume and (found := self.resume(state, report)):
+            done = found[0]
+            report(f"resumed from {found[1]}")
+        else:
             if resume:
-                if not kept.exists():
-                    raise UserError(f"there is no run in {run_folder} to resume; leave out --resume to start one")
+                report(f"{self.run_folder} holds no checkpoint yet: starting from step 0")
+            if config.train.init_from is not None:
+                report(f"weights from {init_from(config.train.init_from, state, self.world)}")
+        self._keep_config(config)
+        return done
+
+    def _check_folder(self, config: Config, resume: bool) -> None:
+        kept = self.run_folder / "config.yaml"
+        with self.world.raise_on_all_ranks():
+            if resume and not kept.exists():
+                raise UserError(f"there is no run in {self.run_folder} to resume; leave out --resume to start one")
+            if resume:
                 check_same_run(load_saved_config(kept), config, kept)
             elif kept.exists():
                 raise UserError(
-                    f"{run_folder} already holds a run; go on with --resume, or choose another train.folder"
+                    f"{self.run_folder} already holds a run; go on with --resume, or choose another train.folder"
                 )
-        found = self.resume(state, say) if resume else None
-        done = found[0] if found else 0
-        if found:
-            say(f"resumed from {found[1]}")
-        elif resume:
-            say(f"{run_folder} holds no checkpoint yet: starting from step 0")
-        if not found and config.train.init_from is not None:
-            say(f"weights from {init_from(config.train.init_from, state, self.world)}")
+
+    def _keep_config(self, config: Config) -> None:
         with self.world.raise_on_all_ranks():
             try:
                 if self.world.is_main:
                     self.folder.mkdir(parents=True, exist_ok=True)
-                    _write_durably(kept, config.to_yaml())
+                    write_durably(self.run_folder / "config.yaml", config.to_yaml())
             except OSError as error:
-                raise UserError(f"train.folder={run_folder} cannot be written: {error.strerror}") from None
-        return done
+                raise UserError(f"train.folder={self.run_folder} cannot be written: {error.strerror}") from None
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending."""
@@ -109,8 +111,11 @@ class Checkpoints:
         self.wait()
         optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
         tensors = {**state.weights(), "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}}
-        tensors = tree_map(lambda x: x.detach().to("cpu", copy=True), tensors)
-        self._pending = self._writer.submit(self._write, step, tensors, config)
+        copies = {
+            part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
+            for part, named in tensors.items()
+        }
+        self._pending = self._writer.submit(self._write, step, copies, config)
 
     def wait(self) -> None:
         """Raises UserError where the checkpoint could not be written; those that were there before are untouched."""
@@ -127,7 +132,8 @@ class Checkpoints:
         self._writer.shutdown()
 
     def _write(self, step: int, tensors: dict[str, Any], config: Config) -> None:
-        temporary, final = self.folder / f".writing_step_{step:08d}", self.path(step)
+        """Runs in the background thread of every rank."""
+        temporary = self.folder / f".writing_step_{step:08d}"
         with self._all_or_none(step, temporary):
             if self.world.is_main:
                 for left_over in self.folder.glob(".writing_*"):
@@ -136,11 +142,8 @@ class Checkpoints:
         with self._all_or_none(step, temporary):
             writer = dcp.HuggingFaceStorageWriter(str(temporary), save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            own = temporary.glob(f"shard-{self.world.rank + 1:05d}-*")
-            files = [{path.name: _checksum(path) for path in own}]
-        if self._group is not None:
-            files = files * self.world.size
-            dist.all_gather_object(files, dict(files[0]), group=self._group)
+            own = {path.name: checksum(path) for path in temporary.glob(f"shard-{self.world.rank + 1:05d}-*")}
+        files = self.world.gather_objects(own, self._group)
         with self._all_or_none(step, temporary):
             if self.world.is_main:
                 about = {
@@ -149,27 +152,31 @@ class Checkpoints:
                     "config": config.model_dump(mode="json"),
                     "data": self.data,
                     "torch": torch.__version__,
-                    "files": {name: checksum for part in files for name, checksum in sorted(part.items())},
+                    "files": {name: value for part in files for name, value in sorted(part.items())},
                 }
-                _write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
-                # Damaged ones, which `resume` passed over: in the way of this one or of `keep_last`'s count.
-                for passed_over in self.steps():
-                    if passed_over >= step:
-                        shutil.rmtree(self.path(passed_over))
-                os.rename(temporary, final)
-                _sync_folder(self.folder)
-                for old in self.steps()[: -self.keep_last]:
-                    shutil.rmtree(self.path(old))
+                write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
+                self._publish(step, temporary)
+
+    def _publish(self, step: int, temporary: Path) -> None:
+        """Give a whole checkpoint its name, and remove those that it replaces."""
+        # Damaged ones, which `resume` passed over: in the way of this one or of `keep_last`'s count.
+        for passed_over in self.steps():
+            if passed_over >= step:
+                shutil.rmtree(self.path(passed_over))
+        os.rename(temporary, self.path(step))
+        sync_folder(self.folder)
+        for old in self.steps()[: -self.keep_last]:
+            shutil.rmtree(self.path(old))
 
     @contextlib.contextmanager
     def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
-        """A stage of `_write`: where it fails on any rank, it fails on all, and the temporary folder goes."""
+        """A stage of `_write`: where it fails on one rank, it fails on all, and the temporary folder is removed."""
         try:
             with self.world.raise_on_all_ranks(self._group):
                 try:
                     yield
                 except (OSError, dcp.CheckpointException) as error:
-                    raise UserError(_reason(error)) from None
+                    raise UserError(reason(error)) from None
         except SharedError as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -179,14 +186,14 @@ class Checkpoints:
                 f"make room, then go on with --resume"
             ) from None
 
-    def resume(self, state: "TrainState", say: Callable[[str], None]) -> tuple[int, Path] | None:
+    def resume(self, state: "TrainState", report: Callable[[str], None]) -> tuple[int, Path] | None:
         """Load the latest checkpoint that is whole into `state`; its step and path, or None where there is none at all.
 
-        A damaged one is named through `say` and passed over; where all are damaged, raises UserError.
+        A damaged one is named through `report` and passed over; where all are damaged, raises UserError.
         """
         for step in reversed(self.steps()):
             if problem := verify(self.path(step), self.world):
-                say(f"checkpoint passed over: {problem}")
+                report(f"checkpoint passed over: {problem}")
                 continue
             self._check_data(self.path(step))
             load(self.path(step), state, weights_only=False)
@@ -214,15 +221,15 @@ def read_about(path: Path) -> dict[str, Any]:
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return about
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {_reason(error)}") from None
+        raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {reason(error)}") from None
 
 
 def verify(path: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, in a sentence (None: nothing). Ranks share the reading."""
     problem = None
     try:
-        for i, (name, checksum) in enumerate(sorted(read_about(path)["files"].items())):
-            if i % world.size == world.rank and _checksum(path / name) != checksum:
+        for i, (name, written) in enumerate(sorted(read_about(path)["files"].items())):
+            if i % world.size == world.rank and checksum(path / name) != written:
                 raise UserError(f"{path / name} is damaged: size or checksum differ from checkpoint.json")
     except (UserError, OSError) as error:
         problem = str(error)
@@ -237,7 +244,8 @@ def load(path: Path, state: "TrainState", *, weights_only: bool) -> None:
         tensors["optimizer"] = {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}
     reader = dcp.HuggingFaceStorageReader(str(path))
     _check_shapes(path, tensors, reader.read_metadata().state_dict_metadata)
-    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    with compat.single_process_checkpoints():
+        dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     if not weights_only:
         optimizer |= tensors["optimizer"]
         set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
@@ -278,39 +286,8 @@ def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> 
                 )
 
 
-def _checksum(path: Path) -> list[int]:
-    """[size in bytes, CRC-32] of a file."""
-    crc = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
-        return [file.tell(), crc]
-
-
-def _write_durably(path: Path, text: str) -> None:
-    """All of it or nothing, also in place of an earlier file and when the disk is full or the power fails."""
-    temporary = path.with_name(path.name + ".writing")
-    try:
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(path: Path) -> None:
-    """A rename outlives a power cut only once its folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
+    """Of what went wrong with a file, the part that a user can read."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
@@ -318,58 +295,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def export(path: Path, out: Path) -> None:
-    """Write the weights of encoder, predictor and target_encoder, whole and in fp32, into one safetensors file."""
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    held = reader.read_metadata().state_dict_metadata
-    weights = {
-        name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in held.items()
-        if not name.startswith("optimizer.")
-    }
-    dcp.load(weights, storage_reader=reader, no_dist=True)
-    temporary = out.with_name(out.name + ".writing")
-    try:
-        save_file(weights, temporary, metadata={"step": str(read_about(path)["step"]), "format": "pt"})
-        os.replace(temporary, out)
-    except (OSError, SafetensorError) as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{out} cannot be written: {_reason(error)}") from None
-
-
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.checkpoint",
-        description="Show what a checkpoint holds and verify its sizes and checksums. Exit code 2: it is damaged.",
-    )
-    parser.add_argument("path", type=Path, help="a checkpoint, or a run folder: then its latest one")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights, whole, in fp32, as safetensors")
-    args = parser.parse_args(argv)
-    alone, console = World(0, 1, torch.device("cpu"), "single"), Console(highlight=False, soft_wrap=True)
-    try:
-        path = find(args.path, alone)
-        about = read_about(path)
-        if problem := verify(path, alone):
-            raise UserError(problem)
-        table = Table("part", "tensors", "numbers", "MiB")
-        held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-        for part in ("encoder", "predictor", "target_encoder", "optimizer"):
-            of_part = [tensor for name, tensor in held.items() if name.startswith(part + ".")]
-            numbers = [math.prod(tensor.size) for tensor in of_part]
-            size = sum(n * tensor.properties.dtype.itemsize for n, tensor in zip(numbers, of_part, strict=True))
-            table.add_row(part, str(len(of_part)), f"{sum(numbers):,}", f"{size / 2**20:.1f}")
-        model = about["config"]["model"]
-        console.print(f"{path}: step {about['step']}, {model['name']}/{model['patch_size']}, torch {about['torch']}")
-        console.print(table)
-        console.print(f"{len(about['files'])} files, sizes and checksums verified")
-        if args.export:
-            export(path, args.export)
-            console.print(f"weights of encoder, predictor and target_encoder in {args.export}")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
+    from ijepa_fast.checkpoint_cli import main
+
     sys.exit(main())

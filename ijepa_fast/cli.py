@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from ijepa_fast import distributed
+from ijepa_fast import compat, distributed
 from ijepa_fast.errors import SharedError, UserError
 
 
@@ -24,7 +24,8 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
     def run(argv: list[str] | None = None) -> int:
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
         try:
-            main(argv)
+            with compat.single_process_checkpoints():
+                main(argv)
         except UserError as error:
             own = distributed.has_joined() and not isinstance(error, SharedError)
             if own or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -2,20 +2,18 @@
 
     python -m ijepa_fast.launch --nodes 8 --gpus-per-node 8 --partition P --config configs/vitg16_in22k.yaml
 
-SLURM warns the job 90 s before it ends it; the run then finishes its step and saves (see `stop`), submitit puts the job
-back into the queue, and it goes on from the latest checkpoint.
+SLURM warns the job 90 s before it ends it. The run then finishes its step and saves (see `preemption`), submitit puts
+the job back into the queue, and it goes on from the latest checkpoint.
 """
 import argparse
 import os
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.slurm.slurm import _make_sbatch_string
 
-from ijepa_fast import train
+from ijepa_fast import compat, train
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
 from ijepa_fast.errors import UserError
@@ -93,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         options["partition"] = args.partition
     folder = config.train.folder.absolute() / "slurm"
     if args.print:
-        task = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-        print(_make_sbatch_string(command=task, folder=folder, **options))
+        print(compat.sbatch_script(folder, **options))
         return
 
     arguments = ["--config", str(Path(args.config).absolute()), *args.overrides, *(["--resume"] if args.resume else [])]

@@ -5,7 +5,6 @@ are inside the blocks, and weights come from the seed alone.
 """
 import contextlib
 import itertools
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ijepa_fast import compat
 from ijepa_fast.config import ParallelConfig
 from ijepa_fast.distributed import World
 from ijepa_fast.model import Block, LayerNorm
@@ -42,8 +42,7 @@ def checkpoint_blocks(model: nn.Module, policy: str) -> None:
 def compile_blocks(model: nn.Module) -> None:
     for block in _blocks(model):
         block.compile()
-    # On every rank it would warn of operations in place inside checkpointed blocks; they have none.
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+    compat.silence_checkpointed_compile()
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:

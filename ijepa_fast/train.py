@@ -20,9 +20,9 @@ from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.flops import peak_flops
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import Bar, Meter, Rates, RunLog
+from ijepa_fast.preemption import StopSignal
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
-from ijepa_fast.stop import StopSignal
 from ijepa_fast.view import draw_curves, masks_sheet, masks_title
 
 
@@ -76,7 +76,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     config, world, loader = run.config, run.world, run.data.loader
     index = run.data.source.index
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
-    first = done = checkpoints.open(run.state, config, resume=resume, say=console.print)
+    first = done = checkpoints.open(run.state, config, resume=resume, report=console.print)
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     peak = peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
@@ -123,7 +123,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     if done < total:
         console.print(f"Stopped after step {done} of {total}. The same command with --resume goes on.")
     world.barrier()
-    stop.pass_on()
+    stop.requeue()
 
 
 def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:

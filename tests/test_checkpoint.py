@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ijepa_fast import checkpoint
+from ijepa_fast import checkpoint, checkpoint_cli
 from ijepa_fast.checkpoint import Checkpoints, init_from, verify
 from ijepa_fast.config import Config, validate
 from ijepa_fast.distributed import World
@@ -384,7 +384,7 @@ def test_disk_full_when_checkpoint_json_is_written(two, monkeypatch):
     def full(path: Path, text: str) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(checkpoint, "_write_durably", full)
+    monkeypatch.setattr(checkpoint, "write_durably", full)
     with pytest.raises(UserError, match="No space left on device; that of step 5 is intact"):
         save(run, 6, new_state(3, updates=1), CONFIG)
     assert run.steps() == [2, 5]
@@ -392,27 +392,27 @@ def test_disk_full_when_checkpoint_json_is_written(two, monkeypatch):
 
 def test_open_starts_a_run_once(run):
     said = []
-    assert run.open(new_state(0), CONFIG, resume=False, say=said.append) == 0
+    assert run.open(new_state(0), CONFIG, resume=False, report=said.append) == 0
     assert said == []
     with pytest.raises(UserError, match=r"already holds a run; go on with --resume, or choose another train\.folder"):
-        run.open(new_state(0), CONFIG, resume=False, say=said.append)
+        run.open(new_state(0), CONFIG, resume=False, report=said.append)
 
 
 def test_open_resumes(two):
     run, _, state = two
     with pytest.raises(UserError, match=r"there is no run in .* to resume; leave out --resume to start one"):
-        run.open(new_state(1), CONFIG, resume=True, say=print)
+        run.open(new_state(1), CONFIG, resume=True)
     (run.folder.parent / "config.yaml").write_text(CONFIG.to_yaml())
     said, loaded = [], new_state(1)
-    assert run.open(loaded, CONFIG, resume=True, say=said.append) == 5
+    assert run.open(loaded, CONFIG, resume=True, report=said.append) == 5
     assert said == [f"resumed from {run.path(5)}"]
     assert same(loaded, state)
 
 
 def test_open_says_when_there_is_no_checkpoint_yet(run):
-    run.open(new_state(0), CONFIG, resume=False, say=print)
+    run.open(new_state(0), CONFIG, resume=False)
     said = []
-    assert run.open(new_state(0), CONFIG, resume=True, say=said.append) == 0
+    assert run.open(new_state(0), CONFIG, resume=True, report=said.append) == 0
     assert said == [f"{run.folder.parent} holds no checkpoint yet: starting from step 0"]
 
 
@@ -420,7 +420,7 @@ def test_open_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
     run = Checkpoints(tmp_path / "file" / "run", keep_last=1, world=ALONE)
     with pytest.raises(UserError, match="cannot be written: Not a directory"):
-        run.open(new_state(0), CONFIG, resume=False, say=print)
+        run.open(new_state(0), CONFIG, resume=False)
 
 
 def test_a_run_folder_can_be_moved(two, tmp_path):
@@ -434,7 +434,7 @@ def test_a_run_folder_can_be_moved(two, tmp_path):
 def test_the_command_line_lists_verifies_and_exports(two, tmp_path, capsys):
     run, _, state = two
     out = tmp_path / "weights.safetensors"
-    assert checkpoint.main([str(run.folder.parent), "--export", str(out)]) == 0
+    assert checkpoint_cli.main([str(run.folder.parent), "--export", str(out)]) == 0
     shown = capsys.readouterr().out
     assert f"{run.path(5)}: step 5" in shown
     assert "sizes and checksums verified" in shown
@@ -443,12 +443,12 @@ def test_the_command_line_lists_verifies_and_exports(two, tmp_path, capsys):
     assert weights.keys() == expected.keys()
     assert all(weights[name].dtype == torch.float32 and torch.equal(weights[name], expected[name]) for name in expected)
 
-    assert checkpoint.main([str(run.path(5)), "--export", str(tmp_path / "nowhere" / "weights")]) == 2
+    assert checkpoint_cli.main([str(run.path(5)), "--export", str(tmp_path / "nowhere" / "weights")]) == 2
     assert "weights cannot be written: " in capsys.readouterr().err
     truncate(run.path(5))
-    assert checkpoint.main([str(run.path(5))]) == 2
+    assert checkpoint_cli.main([str(run.path(5))]) == 2
     assert "is damaged" in capsys.readouterr().err
-    assert checkpoint.main([str(tmp_path / "nothing")]) == 2
+    assert checkpoint_cli.main([str(tmp_path / "nothing")]) == 2
     assert "is neither a checkpoint nor a run folder" in capsys.readouterr().err
 
 
@@ -458,6 +458,6 @@ def test_a_failed_resume_leaves_the_run_as_it_was(two):
     kept = run.folder.parent / "config.yaml"
     kept.write_text(CONFIG.to_yaml())
     with files_of_at_most(10), pytest.raises(UserError, match="cannot be written"):
-        run.open(new_state(1), CONFIG, resume=True, say=[].append)
+        run.open(new_state(1), CONFIG, resume=True)
     assert kept.read_text() == CONFIG.to_yaml()
-    assert run.open(new_state(1), CONFIG, resume=True, say=print) == 5
+    assert run.open(new_state(1), CONFIG, resume=True) == 5

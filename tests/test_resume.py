@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from ijepa_fast import train
 from ijepa_fast.metrics import read_log
-from ijepa_fast.stop import StopSignal
+from ijepa_fast.preemption import StopSignal
 from ijepa_fast.train import main
 
 STEPS = 20  # 4 epochs of 5

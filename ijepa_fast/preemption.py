@@ -1,7 +1,7 @@
-"""Signals that ask a run to finish its step, save and leave; a second one of the same kind ends it at once.
+"""Preemption: a signal asks a run to finish its step, save and leave; a second one of the same kind ends it at once.
 
 Ctrl-C (SIGINT) ends the run, and so do SIGTERM, SIGUSR1 and SIGUSR2, by which SLURM announces preemption or the time
-limit. Under `ijepa_fast.launch` these three also put the job back into the queue (`pass_on`).
+limit. Under `ijepa_fast.launch` these three also put the job back into the queue (`requeue`).
 """
 import os
 import signal
@@ -11,7 +11,7 @@ _REQUEUEING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopSignal:
-    """From its making until `close`, a signal sets `requested`."""
+    """Until `close`, a signal sets `requested`."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -28,7 +28,7 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def pass_on(self) -> None:
-        """After saving and `close`: have submitit requeue the job, where it runs this one; it listens to SIGUSR2."""
+    def requeue(self) -> None:
+        """After saving and `close`: where submitit runs the job, have it requeue it; it listens to SIGUSR2."""
         if self._last in _REQUEUEING and callable(self._before[signal.SIGUSR2]):
             os.kill(os.getpid(), signal.SIGUSR2)

@@ -1,0 +1,53 @@
+"""Private parts of other libraries that ijepa_fast depends on: what each does, and what to do when it moves."""
+import contextlib
+import logging
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def mark_dynamic(x: Tensor) -> None:
+    """Make the first dimension of `x` a symbol to the compiler, not a number to compile for.
+
+    `torch._dynamo.maybe_mark_dynamic` (torch 2.11 to 2.13), unlike the public `mark_dynamic`, is no error where the
+    length turns out to be constant. Without it: `torch.compile(dynamic=True)`, which makes widths symbols too.
+    """
+    torch._dynamo.maybe_mark_dynamic(x, 0)
+
+
+def silence_checkpointed_compile() -> None:
+    """Compiled blocks with activation checkpointing warn, on every rank, of operations in place; ours have none.
+
+    The warning comes from the logger of the module `torch._higher_order_ops.wrap`. If that is renamed it is seen again,
+    and no more.
+    """
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
+
+
+@contextlib.contextmanager
+def single_process_checkpoints() -> Iterator[None]:
+    """Inside, torch.distributed.checkpoint does not warn that it runs in a single process, which it is made for.
+
+    Only the words of the warning identify it. It acts on all threads, so enter it in the main one.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
+def sbatch_script(folder: Path, **options: Any) -> str:
+    """The script that submitit's SlurmExecutor would submit from `folder`.
+
+    `_make_sbatch_string` and the module that its job runs, `submitit.core._submit` (submitit 1.5). If they move, only
+    `launch --print` fails.
+    """
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    command = f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return _make_sbatch_string(command=command, folder=folder, **options)
