@@ -6,7 +6,7 @@ before gave back. The setting is the process's: whoever follows a provider of th
 import ctypes
 from collections.abc import Callable
 
-from ijepa_fast.memory import LARGEST_MMAP_THRESHOLD, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
+from ijepa_fast.malloc import LARGEST_MMAP_THRESHOLD, M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, keep_freed_memory
 
 _now: str | None = None
 

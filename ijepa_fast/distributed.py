@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ijepa_fast.config import Config
 from ijepa_fast.errors import SharedError, UserError
-from ijepa_fast.memory import keep_freed_memory
+from ijepa_fast.malloc import keep_freed_memory
 
 # What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
 # takes 13 GB of every GPU before the first activation, and the giant 20.

@@ -1,15 +1,11 @@
-"""Memory: its peak, advice where it runs out, and not giving it back between steps."""
+"""Memory of a run: its peak, and advice where it runs out."""
 import contextlib
-import ctypes
 import resource
 from collections.abc import Iterator
 
 import torch
 
 from ijepa_fast.errors import UserError
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-LARGEST_MMAP_THRESHOLD = 32 << 20  # that it takes
 
 
 @contextlib.contextmanager
@@ -31,16 +27,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def keep_freed_memory() -> None:
-    """Let the C library keep what this process frees, up to 32 MB a block, for its next step.
-
-    glibc hands the free end of its heap back to the kernel, which zeroes every page again when the next step touches
-    it: 4 to 12 % of a ViT-S/16 step at batch 16 on two cores of an EPYC. Other C libraries have no such setting, and
-    are left alone.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, LARGEST_MMAP_THRESHOLD)  # where it arrives by itself, until a setting stops it
-        mallopt(M_TRIM_THRESHOLD, -1)

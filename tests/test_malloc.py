@@ -6,7 +6,7 @@ import pytest
 
 HEAP = """
 import ctypes, sys
-from ijepa_fast.memory import keep_freed_memory
+from ijepa_fast.malloc import keep_freed_memory
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
