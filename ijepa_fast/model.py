@@ -15,8 +15,11 @@ from ijepa_kernels import Packed, embed_patches, predictor_tokens, varlen_attent
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ijepa_fast import compat
+
 NORM_EPS = 1e-6
 INIT_STD = 0.02
+DENSE_KEPT = 8  # batch sizes
 
 
 class Size(NamedTuple):
@@ -113,7 +116,7 @@ class Block(nn.Module):
         if self._compiled is None:
             return self._checkpointed(x, cu_seqlens, max_seqlen, rows)
         for varying in (x, cu_seqlens) if rows is None else (x, cu_seqlens, rows):
-            torch._dynamo.maybe_mark_dynamic(varying, 0)  # lengths are symbols to the compiler, widths are numbers
+            compat.mark_dynamic(varying)  # lengths are symbols to the compiler, widths are numbers
         return self._compiled(x, cu_seqlens, max_seqlen, rows)
 
     def _checkpointed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
@@ -176,6 +179,7 @@ class VisionTransformer(nn.Module):
             Block(size.dim, size.num_heads, size.mlp_dim, compute_dtype) for _ in range(size.depth)
         )
         self.norm = LayerNorm(size.dim)
+        self._dense: dict[tuple[int, torch.device], Packed] = {}
 
     def forward(self, images: Tensor, packed: Packed | None = None) -> Tensor:
         """Features of the listed patches, `[T, D]`, or of every patch, `[B, N, D]`, when `packed` is left out; fp32.
@@ -183,12 +187,25 @@ class VisionTransformer(nn.Module):
         `images` are uint8 `[B, H, W, 3]`, normalised inside with ImageNet's statistics, or float `[B, 3, H, W]` taken
         as normalised. A patch attends to the patches of its own sequence.
         """
-        listed = Packed.dense(len(images), self.grid**2, device=images.device) if packed is None else packed
+        listed = self._every_patch(images) if packed is None else packed
         x = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype)
         for block in self.blocks:
             x = block(x, listed.cu_seqlens, listed.max_seqlen)
         x = self.norm(x)
         return x.view(len(images), self.grid**2, -1) if packed is None else x
+
+
+    def _every_patch(self, images: Tensor) -> Packed:
+        """`Packed.dense` of a batch, kept on the device for the next batch of that size."""
+        if torch.compiler.is_compiling() or type(images) is not Tensor:
+            return Packed.dense(len(images), self.grid**2, device=images.device)  # not to keep tensors without values
+        key = len(images), images.device
+        if key not in self._dense:
+            if len(self._dense) == DENSE_KEPT:
+                self._dense.clear()
+            with torch.inference_mode(False):  # a later training step may save them for its backward
+                self._dense[key] = Packed.dense(len(images), self.grid**2, device=images.device)
+        return self._dense[key]
 
 
 class Predictor(nn.Module):

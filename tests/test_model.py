@@ -238,3 +238,20 @@ def test_bfloat16_stays_within_its_rounding_of_fp32():
 def test_impossible_models_are_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_every_patch_is_listed_once_for_batches_of_a_size(monkeypatch):
+    """In inference mode first: what is kept from there must not be in the way of a backward."""
+    made, dense = [], Packed.dense
+    monkeypatch.setattr(Packed, "dense", lambda *sizes, device: made.append(sizes) or dense(*sizes, device=device))
+    encoder = small_encoder()
+    images = torch.randn(3, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        first = encoder(images)
+    assert torch.equal(first, encoder(images))
+    encoder(images).sum().backward()
+    assert made == [(3, 36)]
+    with torch.no_grad():
+        for batch in range(1, 12):
+            encoder(images[:1].expand(batch, -1, -1, -1))
+    assert len(encoder._dense) <= 8
