@@ -28,6 +28,6 @@ setup(
         "hf": ["transformers>=5.17"],
         "slurm": ["submitit"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "submitit"],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit"],
     },
 )

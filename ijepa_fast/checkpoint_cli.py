@@ -1,6 +1,5 @@
 """`python -m ijepa_fast.checkpoint PATH [--export FILE]`: show, verify and export a checkpoint."""
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ijepa_fast import compat
 from ijepa_fast.checkpoint import find, read_about, reason, verify
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> None:
     if problem := verify(path, alone):
         raise UserError(problem)
     table = Table("part", "tensors", "numbers", "MiB")
-    held = dcp.HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    held = tensors_in(dcp.HuggingFaceStorageReader(str(path)))
     for part in ("encoder", "predictor", "target_encoder", "optimizer"):
         of_part = [tensor for name, tensor in held.items() if name.startswith(part + ".")]
-        numbers = [math.prod(tensor.size) for tensor in of_part]
+        numbers = [int(tensor.size.numel()) for tensor in of_part]
         size = sum(n * tensor.properties.dtype.itemsize for n, tensor in zip(numbers, of_part, strict=True))
         table.add_row(part, str(len(of_part)), f"{sum(numbers):,}", f"{size / 2**20:.1f}")
     model = about["config"]["model"]
@@ -48,13 +48,18 @@ def main(argv: list[str] | None = None) -> None:
         console.print(f"weights of encoder, predictor and target_encoder in {args.export}")
 
 
+def tensors_in(reader: dcp.HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
+    """Shapes and dtypes of all tensors in a checkpoint, by name; safetensors hold nothing else."""
+    held = reader.read_metadata().state_dict_metadata
+    return {name: about for name, about in held.items() if isinstance(about, TensorStorageMetadata)}
+
+
 def export(path: Path, out: Path) -> None:
     """Write the weights of encoder, predictor and target_encoder, whole and in fp32, into one safetensors file."""
     reader = dcp.HuggingFaceStorageReader(str(path))
-    held = reader.read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(about.size, dtype=about.properties.dtype)
-        for name, about in held.items()
+        for name, about in tensors_in(reader).items()
         if not name.startswith("optimizer.")
     }
     with compat.single_process_checkpoints():

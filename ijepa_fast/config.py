@@ -20,6 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from ijepa_fast.errors import UserError
 
@@ -44,8 +45,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"{value} is a truth value, which this key does not take")
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("takes neither true nor false")
         return value
 
 
@@ -218,7 +219,7 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """
     from ijepa_fast.released import convert_released, is_released
 
-    raw, notes = _read_yaml(Path(path)), []
+    raw, notes = _read_yaml(Path(path)), list[str]()
     if is_released(raw):
         raw, notes = convert_released(raw, Path(path))
     for override in overrides:
@@ -274,7 +275,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     target[key] = value
 
 
-def _sentence(error: dict[str, Any]) -> str:
+def _sentence(error: ErrorDetails) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         return _unknown(error["loc"])
@@ -288,17 +289,20 @@ def _sentence(error: dict[str, Any]) -> str:
     return f"{place}={error['input']!r} {message}"
 
 
-def _unknown(loc: tuple[str, ...]) -> str:
+def _keys(section: str) -> list[str]:
+    """The keys of a section of the config."""
+    section_type: Any = Config.model_fields[section].annotation
+    return list(section_type.model_fields)
+
+
+def _unknown(loc: tuple[int | str, ...]) -> str:
     """A sentence on an unknown key that names the nearest known one, or all there are."""
-    *parents, key = loc
-    if not parents:
-        keys = list(Config.model_fields)
-    elif parents[0] in Config.model_fields:
-        keys = list(Config.model_fields[parents[0]].annotation.model_fields)
-    place = ".".join(map(str, loc))
-    if near := difflib.get_close_matches(str(key), keys, n=1, cutoff=0.6):
+    *parents, key = map(str, loc)
+    keys = _keys(parents[0]) if parents else list(Config.model_fields)
+    place = ".".join([*parents, key])
+    if near := difflib.get_close_matches(key, keys, n=1, cutoff=0.6):
         return f"unknown key {place}; did you mean {'.'.join([*parents, near[0]])}?"
-    for section, field in Config.model_fields.items():  # the right key in the wrong section
-        if key in field.annotation.model_fields:
+    for section in Config.model_fields:  # the right key in the wrong section
+        if key in _keys(section):
             return f"unknown key {place}; did you mean {section}.{key}?"
     return f"unknown key {place}; {'.'.join(parents) or 'the config'} has {', '.join(keys)}"

@@ -5,6 +5,7 @@ the features know of them before and after. Nothing is downloaded.
 """
 import argparse
 import sys
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def write_photographs(folder: Path) -> list[Path]:
 
 
 def crop_knn(
-    encoders: dict[str, nn.Module], source: ImageSource, *, most: int, device: torch.device
+    encoders: Mapping[str, nn.Module], source: ImageSource, *, most: int, device: torch.device
 ) -> tuple[dict[str, float], int]:
     """k-NN accuracy at telling which photograph a crop comes from; needs no labels.
 

@@ -53,7 +53,7 @@ class _Kind(NamedTuple):
     """What a config says of the targets, or of the contexts, of a view."""
 
     name: str
-    count: int
+    number: int
     scale: tuple[float, float]  # share of the grid's patches
     aspect: tuple[float, float]  # height / width
     size_stream: int
@@ -140,7 +140,7 @@ class MultiBlockMasks:
         # The last round hides nothing, and check_masks has seen that every whole block is long enough.
         for attempt in range(_TRIES * config.num_targets + 1):
             if attempt % _TRIES == 0:
-                hidden = covered[:, : config.num_targets - attempt // _TRIES].any(1)
+                hidden = np.logical_or.reduce(covered[:, : config.num_targets - attempt // _TRIES], axis=1)
             shown = self._cover(self._place(step, _CONTEXT_PLACE + attempt, number[short], height[short], width[short]))
             if not config.allow_overlap:
                 shown &= ~hidden[view[short]]
@@ -152,15 +152,15 @@ class MultiBlockMasks:
 
     def _sizes(self, step: int, kind: _Kind, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Heights and widths of the targets or contexts."""
-        shape = (last - first, self.config.views * kind.count)
+        shape = (last - first, self.config.views * kind.number)
         if self.config.sampler == "reference":
             scale = aspect = self._uniforms(step, kind.size_stream, np.zeros(1), 1)
         else:
             draws = self._uniforms(step, kind.size_stream, np.arange(first, last), 2 * shape[1])
             scale, aspect = draws[:, ::2], draws[:, 1::2]
         area = np.floor(self.grid**2 * _between(kind.scale, scale))
-        sizes = _block_size(area, _between(kind.aspect, aspect), self._side)
-        return tuple(np.broadcast_to(size.astype(self._dtype), shape) for size in sizes)
+        height, width = _block_size(area, _between(kind.aspect, aspect), self._side)
+        return np.broadcast_to(height.astype(self._dtype), shape), np.broadcast_to(width.astype(self._dtype), shape)
 
     def _place(self, step: int, stream: int, number: np.ndarray, height: np.ndarray, width: np.ndarray) -> _Blocks:
         """Blocks of these sizes at uniform places; `number` counts the blocks of the kind over the global batch."""
@@ -187,6 +187,7 @@ class MultiBlockMasks:
     def _thin(self, step: int, first: int, visible: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """`visible` with a random `max_keep` of the patches of each context that shows more."""
         max_keep, flat = self.config.max_keep, visible.reshape(-1, self.grid**2)
+        assert max_keep is not None
         long = np.flatnonzero(lengths > max_keep)
         if not long.size:
             return visible
@@ -239,7 +240,7 @@ def _between(limits: tuple[float, float], fraction: np.ndarray) -> np.ndarray:
     return limits[0] + fraction * (limits[1] - limits[0])
 
 
-def _block_size(area: np.ndarray, aspect: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+def _block_size(area: np.ndarray | int, aspect: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
     """Height and width of blocks of about `area` patches, `aspect` = height / width, no side longer than `side`."""
     return np.minimum(np.rint(np.sqrt(area * aspect)), side), np.minimum(np.rint(np.sqrt(area / aspect)), side)
 
@@ -284,4 +285,5 @@ def _pack(indices: np.ndarray, lengths: np.ndarray, max_seqlen: int) -> Packed:
     cu_seqlens = np.zeros(lengths.size + 1, np.int32)
     lengths.cumsum(out=cu_seqlens[1:])
     image = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths.shape[1])
-    return Packed(*(torch.from_numpy(array) for array in (indices.astype(np.int32), cu_seqlens, image)), max_seqlen)
+    patches = indices.astype(np.int32)
+    return Packed(torch.from_numpy(patches), torch.from_numpy(cu_seqlens), torch.from_numpy(image), max_seqlen)

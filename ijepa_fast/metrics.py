@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,7 +89,7 @@ class RunLog:
             self._jsonl.write(json.dumps({"kind": "step", **dict(zip(COLUMNS, row, strict=True))}) + "\n")
         self._csv.flush()
         self._jsonl.flush()
-        values = dict(zip(COLUMNS, rows[-1], strict=True))
+        values: dict[str, float | None] = dict(zip(COLUMNS, rows[-1], strict=True))
         for counter in ("epoch", "itr", "step"):
             del values[counter]
         self._scalars("train", values, rows[-1].step)
@@ -100,7 +101,7 @@ class RunLog:
         self._jsonl.flush()
         self._scalars("probe", values, step)
 
-    def _scalars(self, group: str, values: dict[str, float | None], step: int) -> None:
+    def _scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         if self._board is not None:
             for name, value in values.items():
                 if value is not None:

@@ -7,7 +7,7 @@ biases everywhere, layer norm with eps 1e-6, no dropout, frozen sin-cos position
 """
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +122,10 @@ class Block(nn.Module):
     def _checkpointed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(x, cu_seqlens, max_seqlen, rows)
-        keep = {"context_fn": _keep_costly} if self.checkpointing == "selective" else {}
-        return checkpoint(
-            self._forward, x, cu_seqlens, max_seqlen, rows, use_reentrant=False, preserve_rng_state=False, **keep
-        )
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+        if self.checkpointing == "selective":
+            options["context_fn"] = _keep_costly
+        return checkpoint(self._forward, x, cu_seqlens, max_seqlen, rows, **options)
 
     def _forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
         y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
@@ -152,6 +152,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
 
     def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
+        assert self.proj.bias is not None
         return embed_patches(
             images,
             packed,
@@ -314,7 +315,8 @@ def init_weights(module: nn.Module, generator: torch.Generator | None = None) ->
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-2.0, b=2.0, generator=generator)
-            nn.init.zeros_(part.bias)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
         elif isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)

@@ -64,6 +64,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=low, reshard_after_forward=True, ignored_params=norms)
     for before, after in itertools.pairwise(blocks):
+        assert isinstance(before, FSDPModule)
+        assert isinstance(after, FSDPModule)
         before.set_modules_to_forward_prefetch([after])
         after.set_modules_to_backward_prefetch([before])
 

@@ -6,6 +6,7 @@ limit. Under `ijepa_fast.launch` these three also put the job back into the queu
 import os
 import signal
 from types import FrameType
+from typing import Any
 
 _REQUEUEING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -16,7 +17,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.requested = False
         self._last: int | None = None
-        self._before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, *_REQUEUEING)}
+        self._before: dict[int, Any] = {n: signal.signal(n, self._request) for n in (signal.SIGINT, *_REQUEUEING)}
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested, self._last = True, number

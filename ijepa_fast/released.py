@@ -58,7 +58,7 @@ def convert_released(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], l
     A released file gives the batch of one GPU and leaves the number of GPUs to the launcher. All published runs have a
     global batch of 2048, so that is what `optim.global_batch_size` becomes unless it is overridden.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for section, keys in raw.items():
         if not isinstance(keys, dict):
             raise UserError(f"{path}: section {section} of this released config is {keys!r}, not a set of keys")

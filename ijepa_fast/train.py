@@ -78,7 +78,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
     first = done = checkpoints.open(run.state, config, resume=resume, report=console.print)
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
-    peak = peak_flops(world.device)
+    probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
 
     with (
@@ -104,7 +104,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
             end = done == total
             leave = world.any(stop.requested or checkpoints.failed) or end
             save_now = leave or done % save_every == 0
-            probe_now = run.probe is not None and (end or done % config.log.probe_every == 0)
+            probe_now = run.probe is not None and (end or done % probe_every == 0)
             if save_now or probe_now or done % config.log.every == 0:
                 write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
                 if probe_now or save_now:
@@ -156,6 +156,7 @@ def diverged(what: str) -> SharedError:
 
 def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
     """Features of the target encoder, which tell what the loss does not."""
+    assert run.probe is not None
     with memory_advice(run.config.optim.micro_batch):
         values = run.probe(run.state.target_encoder)
     log.probe(step, values)

@@ -191,9 +191,9 @@ def _outline(sheet: "Axes", visible: np.ndarray, left: int, top: int, cell: int,
     lines = [((x, y), (x + 1, y)) for y, x in zip(row, column, strict=True)]
     row, column = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])  # vertical edges: left of it
     lines += [((x, y), (x, y + 1)) for y, x in zip(row, column, strict=True)]
-    lines = np.array(lines, float).reshape(-1, 2, 2) * cell + (left, top)
+    pixels = list(np.array(lines, float).reshape(-1, 2, 2) * cell + (left, top))
     sheet.add_collection(
-        LineCollection(lines, colors=colour, linewidths=width, capstyle="projecting", antialiased=False, zorder=2)
+        LineCollection(pixels, colors=colour, linewidths=width, capstyle="projecting", antialiased=False, zorder=2)
     )
 
 

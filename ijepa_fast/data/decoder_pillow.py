@@ -44,7 +44,7 @@ class PillowDecoder:
 
         def decode_one(position: int) -> None:
             try:
-                pixels[position] = _crop(encoded[position], boxes[position].tolist(), size)
+                pixels[position] = np.asarray(_crop(encoded[position], boxes[position].tolist(), size))
             except Exception as error:  # Pillow's plugins raise whatever damaged data leads them to
                 raise DecodeError(position, str(error) or type(error).__name__) from error
 

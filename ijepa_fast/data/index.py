@@ -83,7 +83,7 @@ class Index:
 
         Not of their bytes: an intact copy in the place of a damaged file must not keep a run from going on.
         """
-        crc = zlib.crc32(self.containers.offsets, zlib.crc32(self.containers.blob))
+        crc = zlib.crc32(self.containers.offsets.data, zlib.crc32(self.containers.blob.data))
         return {"images": len(self), "crc32": crc}
 
     def container_path(self, container: int) -> str:
@@ -235,7 +235,7 @@ def _save(cache_file: str, index: Index, folders: PathTable, mtimes: np.ndarray)
         "mtimes": mtimes,
     }
     body = b"".join(_padded(array.tobytes()) for array in sections.values())
-    header = {
+    header: dict[str, Any] = {
         "format": _FORMAT,
         "root": index.root,
         "class_names": index.class_names,
@@ -261,7 +261,7 @@ def _padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % _ALIGN)
 
 
-def _checksum(header: dict[str, Any], body: bytes | np.ndarray) -> int:
+def _checksum(header: dict[str, Any], body: bytes | memoryview) -> int:
     return zlib.crc32(body, zlib.crc32(json.dumps(header).encode()))  # 14 million records load in 0.7 s
 
 
@@ -275,7 +275,7 @@ def _load(cache_file: str, root: str) -> Index | None:
         if header["format"] != _FORMAT or header["root"] != root:
             return None
         data = np.memmap(cache_file, np.uint8, "r").view(np.ndarray)  # the subclass is slow to index
-        if _checksum(header, data[len(line) :]) != checksum:
+        if _checksum(header, data[len(line) :].data) != checksum:
             return None
         sections = _sections(data, len(line), header["bytes"])
         class_names = tuple(header["class_names"])
