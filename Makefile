@@ -4,20 +4,33 @@ BIN := .venv/bin
 # torch first and by itself: whatever build of the pinned version pip finds (CPU or CUDA) is then the one all others use.
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test bench
+LINT = $(BIN)/ruff check . && $(BIN)/mypy
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+.PHONY: help demo check test test-all bench
 
 help:
-	@echo "make demo    pretrain I-JEPA on ten real photographs, in about three minutes on two CPU cores"
-	@echo "make test    the linter and all tests that need no GPU"
-	@echo "make bench   the benchmarks"
+	@echo "make demo      pretrain I-JEPA on ten real photographs, in about three minutes on two CPU cores"
+	@echo "make check     the linters and the quick tests: at most 90 CPU-seconds"
+	@echo "make test      the linters and all tests that need no GPU, but for the slow ones: at most 16 CPU-minutes"
+	@echo "make test-all  the slow ones too"
+	@echo "make bench     the benchmarks"
 
 demo: .venv/demo.done
 	rm -rf runs/make_demo
 	$(BIN)/python -m ijepa_fast.demo --config configs/demo.yaml train.folder=runs/make_demo
 
+check: .venv/dev.done
+	$(LINT)
+	$(PYTEST) -m "not gpu and not slow and not long"
+
 test: .venv/dev.done
-	$(BIN)/ruff check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" -n auto --dist loadfile
+	$(LINT)
+	$(PYTEST) -m "not gpu and not slow"
+
+test-all: .venv/dev.done
+	$(LINT)
+	$(PYTEST) -m "not gpu"
 
 bench: .venv/dev.done
 	$(BIN)/python -m pytest bench --benchmark-only

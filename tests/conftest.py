@@ -4,6 +4,7 @@ Nothing here imports torch or triton before a test asks for it: tests/kernels de
 """
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -11,6 +12,8 @@ import pytest
 from PIL import Image
 
 CLASSES, IMAGES_PER_CLASS = 4, 10
+
+_PLAIN = SimpleNamespace(params={})  # of a test without parameters
 
 # 6 x 6 patches and blocks of a few of them; 40 images make 5 updates an epoch, of about 0.1 s each on one core.
 TINY = """
@@ -21,6 +24,14 @@ optim: {global_batch_size: 8, micro_batch: 8, epochs: 4, warmup_epochs: 1}
 parallel: {cpu_threads: 1}
 log: {every: 1, probe_every: null, tensorboard: false, progress: false}
 """
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Not for `make check`: what runs Triton's interpreter (milliseconds a program), and what tests the benchmarks."""
+    for item in items:
+        interprets = "interpret" in getattr(item, "callspec", _PLAIN).params.values()
+        if interprets or item.path.name.startswith("test_bench"):
+            item.add_marker(pytest.mark.long)
 
 
 class Outcome(NamedTuple):

@@ -19,7 +19,10 @@ from ijepa_fast.metrics import read_log
 DEMO = Path(__file__).parent.parent / "configs" / "demo.yaml"
 MISSING = [package for package in ("skimage", "sklearn") if find_spec(package) is None]
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"not installed, and they ship the photographs: {MISSING}")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed, and they ship the photographs: {MISSING}"),
+]
 
 
 @pytest.fixture(scope="module")

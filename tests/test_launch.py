@@ -13,7 +13,10 @@ submitit = pytest.importorskip("submitit", reason="submitit is not installed (ex
 
 from ijepa_fast import launch  # noqa: E402
 
+pytestmark = pytest.mark.long
+
 CLUSTER = ["--nodes", "2", "--gpus-per-node", "8"]
+SHORT = "optim.epochs=2"
 GIANT = ["--config", "configs/vitg16_in22k.yaml"]
 
 
@@ -88,12 +91,12 @@ def warn_tasks(job) -> None:
 
 def test_a_preempted_job_goes_on(tmp_path, train, tiny_config, monkeypatch):
     """Two processes, warned after their first steps: saved, requeued, resumed; the losses are an undisturbed run's."""
-    assert train(f"train.folder={tmp_path / 'undisturbed'}").code == 0
+    assert train(f"train.folder={tmp_path / 'undisturbed'}", SHORT).code == 0
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     folder = tmp_path / "preempted"
     executor = submitit.LocalExecutor(folder=tmp_path / "jobs", max_num_timeout=1)
     executor.update_parameters(timeout_min=10, tasks_per_node=2)
-    job = executor.submit(launch.Task(["--config", str(tiny_config), f"train.folder={folder}"], folder))
+    job = executor.submit(launch.Task(["--config", str(tiny_config), f"train.folder={folder}", SHORT], folder))
     wait_for(lambda: losses(folder), 200, job)
     warn_tasks(job)
     job.wait()
@@ -102,7 +105,7 @@ def test_a_preempted_job_goes_on(tmp_path, train, tiny_config, monkeypatch):
     assert "SIGTERM: finishing this step, then saving" in said
     assert "resumed from" in said
     expected = losses(tmp_path / "undisturbed")
-    assert len(expected) == 20
+    assert len(expected) == 10
     # Two ranks add up the same numbers in another order: a few units of 2^-24 of a loss near 0.4.
     assert losses(folder) == pytest.approx(expected, rel=1e-5)
 

@@ -287,6 +287,7 @@ if sys.argv[3] == "interrupt":
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("way", ["exit", "interrupt"])
 def test_a_process_that_closes_nothing_still_ends(root, tmp_path, way):
     process = subprocess.Popen([sys.executable, "-c", SCRIPT, root, tmp_path, way],

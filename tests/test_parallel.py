@@ -1,4 +1,5 @@
 """One process, DDP, FSDP2 and HSDP compute the same; a checkpoint goes from any of them to any other."""
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,10 @@ from ranks import Ranks
 
 from ijepa_fast.metrics import read_log
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this process joins no group
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # this process joins no group
+]
 
 STEPS = 20
 # What differs is the order of sums (6e-8 relative in fp32). AdamW divides a gradient by its own size, so where one has
@@ -74,17 +78,19 @@ def assert_identical(folder: Path, reference: Path) -> None:
 
 
 HSDP = ("hsdp", "parallel.shard_size=2")
+FULL, SELECTIVE = "parallel.checkpointing=full", "parallel.checkpointing=selective"
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        (2, "ddp"), (2, "fsdp"), (3, "fsdp"), (4, "fsdp"), (4, *HSDP),
-        (2, "ddp", "parallel.checkpointing=full"), (2, "fsdp", "parallel.checkpointing=full"),
-        (2, "fsdp", "parallel.checkpointing=selective"), (4, *HSDP, "parallel.checkpointing=selective"),
-    ],
-    ids=lambda case: "-".join(map(str, case)),
-)  # fmt: skip
+def cases(*usual: tuple, slow: tuple[tuple, ...] = ()) -> pytest.MarkDecorator:
+    """Parametrize `case`: (processes, strategy, more words ...)."""
+    marked = [pytest.param(case, marks=pytest.mark.slow) for case in slow]
+    return pytest.mark.parametrize("case", [*usual, *marked], ids=lambda case: "-".join(map(str, case)))
+
+
+@cases(
+    *((2, "ddp"), (2, "fsdp"), (3, "fsdp"), (4, *HSDP), (2, "fsdp", FULL), (2, "fsdp", SELECTIVE)),
+    slow=((4, "fsdp"), (2, "ddp", FULL), (4, *HSDP, SELECTIVE)),
+)
 def test_every_strategy_computes_what_one_process_does(case, run):
     assert_same(run(*case), run(1, "single"))
 
@@ -96,7 +102,39 @@ def test_a_run_learns_and_another_seed_is_another_run(run):
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("case", [(2, "ddp"), (2, "fsdp")], ids=lambda case: case[1])
+# The shortest contexts of each group, and several contexts an image.
+TRUNCATED = ("mask.collate=truncate", "mask.sampler=reference", "mask.group=2", "log.every=1")
+TWO_CONTEXTS = ("mask.num_contexts=2", "mask.num_targets=3")
+
+
+@pytest.mark.parametrize("masks", [TRUNCATED, TWO_CONTEXTS], ids=["truncated", "two contexts"])
+def test_masks_do_not_see_how_a_batch_is_split(masks, run):
+    """6 images a rank, in micro-batches of 4 and 2."""
+    alone = run(1, "single", *masks)
+    assert_same(run(2, "ddp", *masks, "optim.micro_batch=4"), alone)
+    assert max(abs(a - b) for a, b in zip(losses(alone), losses(run(1, "single")), strict=True)) > 100 * TOLERANCE
+
+
+def test_rank_0_alone_writes_and_speaks(run, words, ranks, tmp_path):
+    more = (*TRUNCATED, "optim.epochs=1", "log.tensorboard=true", "parallel.strategy=ddp")
+    first, second = ranks.run(2, jobs.train, words(tmp_path / "run", *more))
+    assert (first.result, second.result, second.out) == (0, 0, "")
+    for step in range(1, 6):
+        assert first.out.count(f"step {step}/5 ") == 1
+    assert len((tmp_path / "run" / "log.csv").read_text().splitlines()) == 1 + 5
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1  # each writer makes a file of its own
+
+
+def test_both_ranks_write_a_part_of_the_checkpoint(run):
+    path = run(2, "ddp") / "checkpoints" / "step_00000020"
+    files = json.loads((path / "checkpoint.json").read_text())["files"]
+    assert len(files) == 2
+    assert set(files) | {"checkpoint.json"} == {p.name for p in path.iterdir()}
+    sizes = [(path / name).stat().st_size for name in files]
+    assert min(sizes) > 0.2 * sum(sizes)
+
+
+@cases((2, "fsdp"), slow=((2, "ddp"),))
 def test_in_bfloat16_every_strategy_computes_what_one_process_does(case, run):
     """As closely as in fp32: what is rounded to bf16 is rounded at the same places, before anything is summed.
 
@@ -108,12 +146,7 @@ def test_in_bfloat16_every_strategy_computes_what_one_process_does(case, run):
     assert losses(run(1, "single", bf16)) != pytest.approx(losses(run(1, "single")), abs=TOLERANCE, rel=0)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [(1, "single"), (2, "fsdp"), (2, "ddp", "parallel.checkpointing=full"),
-     (2, "fsdp", "parallel.checkpointing=selective")],
-    ids=lambda case: "-".join(map(str, case)),
-)  # fmt: skip
+@cases((2, "fsdp", SELECTIVE), slow=((1, "single"), (2, "fsdp"), (2, "ddp", FULL)))
 def test_compiled_blocks(case, run, words, ranks, tmp_path):
     size, *strategy = case
     more = (*strategy[1:], f"parallel.strategy={strategy[0]}", "parallel.compile=true")
@@ -127,7 +160,7 @@ def test_compiled_blocks(case, run, words, ranks, tmp_path):
 # --- checkpoints from any world to any other --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", [(1, "single"), (2, "fsdp"), (2, "ddp"), (4, "fsdp"), (4, *HSDP)], ids=str)
+@cases((1, "single"), (2, "fsdp"), (2, "ddp"), (4, "fsdp"), (4, *HSDP))
 def test_saved_by_four_resumed_by(case, run, words, ranks, tmp_path):
     four = run(4, "fsdp")
     folder = tmp_path / "run"
@@ -193,6 +226,7 @@ def test_giant_on_the_meta_device(strategy, ranks):
         assert groups == predictor_groups == 0
 
 
+@pytest.mark.slow
 def test_two_blocks_of_the_giant_s_width_train(words, ranks, tmp_path):
     more = (
         "model.name=vit_giant", "model.patch_size=16", "data.image_size=96", "model.predictor_depth=1",

@@ -18,7 +18,10 @@ from ijepa_fast.config import load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.metrics import read_log
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")  # this process joins no group
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),  # this process joins no group
+]
 
 LIMIT_S = 30  # from the death of a rank to the end of its job
 

@@ -21,6 +21,7 @@ SMALL = [
 ]  # fmt: skip
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_memory_is_what_a_real_run_takes(checkpointing, monkeypatch):
     """Peak sum of live tensor storages of two micro-batches and an update, on a CPU in fp32, within 10 %.

@@ -24,6 +24,8 @@ STEPS = 20  # 4 epochs of 5
 PATIENCE_S = 300  # for a step to appear in the log, import of torch on a busy machine included
 COMMON = ("log.probe_every=3",)
 
+pytestmark = pytest.mark.long
+
 
 class Stage(NamedTuple):
     """One process in the life of the disturbed run."""

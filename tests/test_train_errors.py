@@ -20,6 +20,8 @@ from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import read_log
 from ijepa_fast.run import build_run
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def finished(tiny_config, tmp_path_factory) -> Path:

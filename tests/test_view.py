@@ -134,6 +134,7 @@ def test_usage_errors_exit_with_2(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_matplotlib_is_imported_late_and_without_pyplot(tmp_path):
     """Its import takes a second of a run's start, and pyplot's state is that of whoever else draws in the process."""
     code = (

@@ -13,6 +13,8 @@ import pytest
 from ijepa_kernels import aot
 from ijepa_kernels.aot import Compiled
 
+pytestmark = pytest.mark.long  # compiles every kernel
+
 TABLE = Path(__file__).parents[2] / "docs/kernels_compiled.md"
 
 

@@ -28,16 +28,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_interpret_needs_no_other_setting():
     result = run(STEP + "assert dispatch.INTERPRETED", IJEPA_KERNELS="interpret")
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.long
 def test_interpret_after_triton_was_imported_says_so():
     result = run("import triton\n" + STEP, IJEPA_KERNELS="interpret")
     assert "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set before" in result.stderr
 
 
+@pytest.mark.long
 def test_without_triton():
     """As on Windows and macOS: the package imports, auto runs PyTorch, and asking for Triton says what is missing."""
     asks = "\nos.environ['IJEPA_KERNELS'] = 'triton'\nema_update_(target, target, 0.5)"

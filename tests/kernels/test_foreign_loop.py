@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -110,6 +111,7 @@ def main() -> None:
     print(json.dumps(result))
 
 
+@pytest.mark.long
 def test_a_foreign_loop_takes_gather_loss_and_ema():
     result = subprocess.run([sys.executable, __file__], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
