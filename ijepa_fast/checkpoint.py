@@ -43,9 +43,9 @@ _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 class Checkpoints:
     """The checkpoints of one run folder, written by a background thread while the run goes on.
 
-    `begin` copies the state to the host and returns; `wait` (also called by the next `begin`) returns or raises once it
-    is on the disk. The thread talks to those of other ranks through a process group of its own. `data`, where given, is
-    written into checkpoints (see `Index.fingerprint`), and those that hold another are not resumed.
+    `begin` copies the state to the host and returns. `wait`, which the next `begin` calls as well, returns when the
+    checkpoint is on the disk, or raises. The threads of all ranks have a process group of their own. `data` (see
+    `Index.fingerprint`) is written into each checkpoint; one that was written over other data is not resumed.
     """
 
     def __init__(self, run_folder: Path, keep_last: int, world: World, data: dict[str, int] | None = None):
@@ -187,9 +187,9 @@ class Checkpoints:
             ) from None
 
     def resume(self, state: "TrainState", report: Callable[[str], None]) -> tuple[int, Path] | None:
-        """Load the latest checkpoint that is whole into `state`; its step and path, or None where there is none at all.
+        """Load the latest checkpoint that is whole into `state`. Returns its step and path, or None if there is none.
 
-        A damaged one is named through `report` and passed over; where all are damaged, raises UserError.
+        A damaged one is reported by name and passed over. Raises UserError if all are damaged.
         """
         for step in reversed(self.steps()):
             if problem := verify(self.path(step), self.world):
@@ -225,7 +225,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def verify(path: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, in a sentence (None: nothing). Ranks share the reading."""
+    """A sentence on what is wrong with a checkpoint, or None. Each rank reads a part of the files."""
     problem = None
     try:
         for i, (name, written) in enumerate(sorted(read_about(path)["files"].items())):
@@ -237,7 +237,7 @@ def verify(path: Path, world: World) -> str | None:
 
 
 def load(path: Path, state: "TrainState", *, weights_only: bool) -> None:
-    """Copy a verified checkpoint into `state` in place, at whatever world size it was written."""
+    """Copy a verified checkpoint, written at any world size, into `state` in place."""
     tensors: dict[str, Any] = state.weights()
     if not weights_only:
         optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
@@ -287,7 +287,7 @@ def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> 
 
 
 def reason(error: BaseException) -> str:
-    """Of what went wrong with a file, the part that a user can read."""
+    """What went wrong with a file, in words for the user."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:

@@ -1,7 +1,7 @@
 """What all command lines share: an error is one sentence on stderr and an exit code, never a traceback.
 
-Exit codes: 0; 2 for a mistake that the user can mend (`UserError`, or an error of the operating system); 1 where
-another rank was lost; 130 after Ctrl-C. What is a bug keeps its traceback.
+Exit codes: 0; 2 for a mistake that the user can correct (`UserError`, or an error of the operating system); 1 when
+another rank was lost; 130 after Ctrl-C. A bug keeps its traceback.
 """
 import functools
 import os
@@ -14,10 +14,10 @@ from ijepa_fast.errors import SharedError, UserError
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
-    """Decorate `main(argv)`: it returns the exit code, after one sentence on stderr where that is not 0.
+    """Decorate `main(argv)`: it returns the exit code, and prints one sentence to stderr if that is not 0.
 
-    Of several ranks, one a machine speaks for all where all make the same mistake: before they have joined, and in a
-    `SharedError`. Any other is a rank's own, and is said with its number.
+    All ranks make the same mistake before they have joined, and when they raise a `SharedError`: then the first rank of
+    each machine prints it. An error of a single rank is printed by that rank, with its number.
     """
 
     @functools.wraps(main)

@@ -184,8 +184,8 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-# What may change between a run and its resumption, because what the run computes does not depend on it, or hardly:
-# micro_batch changes the order of a sum, decoder at most a grey level. All other keys of these sections stay the same.
+# Keys that may change when a run is resumed, because its results do not depend on them, or hardly: micro_batch changes
+# the order of a sum, decoder at most a grey level. All other keys of these sections must stay the same.
 _EXACT = {
     "model": set(),
     "mask": set(),
@@ -215,7 +215,7 @@ def check_same_run(old: Config, new: Config, where: Path) -> None:
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Config, list[str]]:
     """Read `path` (ours, or a released I-JEPA YAML) and apply `section.key=value` overrides.
 
-    Returns the config and, for a released file, what was made of each of its keys (else an empty list).
+    Returns the config and, for a released file, a line on each of its keys (else an empty list).
     """
     from ijepa_fast.released import convert_released, is_released
 

@@ -24,14 +24,14 @@ from ijepa_fast.config import Config
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.malloc import keep_freed_memory
 
-# What `auto` shards on CUDA. With target, gradients and AdamW state a parameter takes 20 bytes, so under ddp the huge
-# takes 13 GB of every GPU before the first activation, and the giant 20.
+# What `auto` shards on CUDA. A parameter with target, gradient and AdamW state takes 20 bytes: under ddp the huge takes
+# 13 GB of every GPU before the first activation, and the giant 20.
 SHARDED = ("vit_huge", "vit_giant")
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: `rank` of `size`, on `device`; `mesh` [shard] or [replicate, shard] for FSDP."""
+    """This process's rank of `size`, its device, and for FSDP the `mesh`: [shard] or [replicate, shard]."""
 
     rank: int
     size: int
@@ -68,7 +68,7 @@ class World:
         return torch.cat(parts)
 
     def gather_objects(self, x: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """What every rank has for `x`, in order of rank."""
+        """`x` of every rank, in order of rank."""
         if self.size == 1:
             return [x]
         every = [None] * self.size
@@ -77,7 +77,7 @@ class World:
 
     @contextlib.contextmanager
     def raise_on_all_ranks(self, group: dist.ProcessGroup | None = None) -> Iterator[None]:
-        """Around code without collectives: a UserError raised on some rank is raised on all, in the same words."""
+        """Around code without collectives: a UserError raised on one rank is raised on all, with the same message."""
         problem = None
         try:
             yield
@@ -104,7 +104,7 @@ def join(config: Config) -> Iterator[World]:
     """Join the processes torchrun started (if any), choose device and strategy, and pin torch's threads."""
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # Sums of floats depend on the number of threads that share them, so it is pinned: part of a run's exactness.
+    # A float sum depends on how many threads share it, so their number is pinned: a run is exact only with it.
     torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
     device = _device(local_rank, local_size)
     if device.type == "cpu":
@@ -134,14 +134,14 @@ def join(config: Config) -> Iterator[World]:
 
 
 def has_joined() -> bool:
-    """Whether this process has met others, from which it may differ from now on."""
+    """Whether this process has joined others. From then on an error may be its own alone."""
     return dist.is_initialized()
 
 
 def lost_contact(error: RuntimeError) -> str | None:
-    """A sentence where the error is that ranks cannot reach each other; None where it is another.
+    """A sentence if the error says that ranks cannot reach each other, else None.
 
-    NCCL and the rendezvous have a type for it, and may give a reason; gloo has neither.
+    NCCL and the rendezvous raise a type of their own, and may give a reason; gloo does neither.
     """
     sentence = "lost contact with another rank, whose own error comes first"
     if isinstance(error, dist.DistError):
@@ -173,7 +173,7 @@ def _strategy(config: Config, size: int, device: torch.device) -> str:
 
 
 def _check_same_config(world: World, config: Config) -> None:
-    """Ranks that compute different things would average them in silence."""
+    """Ranks with different configs would average different things without an error."""
     first, *others = world.gather_objects(config.model_dump(mode="json"))
     for rank, other in enumerate(others, 1):
         for section, values in other.items():

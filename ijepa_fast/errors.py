@@ -1,12 +1,12 @@
-"""Errors that one module raises for another to handle."""
+"""The errors that modules raise for others to handle."""
 
 
 class UserError(Exception):
-    """A mistake of the user's, in one sentence: what was wrong, where, and what would be right. Exit code 2."""
+    """A user's mistake in one sentence: what was wrong, where, and what would be right. Exit code 2."""
 
 
 class SharedError(UserError):
-    """One that every rank raises, in the same words: one rank of a machine says it for all."""
+    """An error that every rank raises with the same message, so the first rank of each machine prints it for all."""
 
 
 class DecodeError(Exception):

@@ -1,4 +1,4 @@
-"""How many floating-point operations an update takes: those of tokens that exist, none of padding or recomputation.
+"""FLOPs of an update: of the tokens that exist, without padding or recomputation.
 
 A matrix product of [m, k] by [k, n] is 2 m k n; attention over L tokens of width D is 4 L^2 D (its two products), and a
 backward pass twice the forward, less the gradient of the pixels, which nobody takes. Norms, GELU and softmax are left

@@ -8,9 +8,9 @@ LARGEST_MMAP_THRESHOLD = 32 << 20  # that it takes
 def keep_freed_memory() -> None:
     """Let the C library keep what this process frees, up to 32 MB a block, for its next step.
 
-    glibc hands the free end of its heap back to the kernel, which zeroes every page again when the next step touches
-    it: 4 to 12 % of a ViT-S/16 step at batch 16 on two cores of an EPYC. Other C libraries have no such setting, and
-    are left alone.
+    By default glibc returns the free end of its heap to the kernel, which zeroes every page anew when the next step
+    touches it: 4 to 12 % of a ViT-S/16 step at batch 16 on two cores of an EPYC. C libraries without this setting are
+    left alone.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -10,7 +10,7 @@ from ijepa_fast.errors import UserError
 
 @contextlib.contextmanager
 def memory_advice(micro_batch: int) -> Iterator[None]:
-    """Turn an out-of-memory error, of a GPU or of the machine, into advice."""
+    """Turn an out-of-memory error of a GPU or the machine into a UserError with advice."""
     try:
         yield
     except RuntimeError as error:

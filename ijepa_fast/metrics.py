@@ -25,9 +25,9 @@ from ijepa_fast.model import Predictor, VisionTransformer
 
 
 class StepRow(NamedTuple):
-    """A row of the log: one update. The rates, from `time_ms` on, are those of all updates that were logged together.
+    """One update in the log. Times and speeds are means over the updates that were logged together.
 
-    `COLUMNS` are the names in the files: the released code's where it has one.
+    `COLUMNS` are the names in the files: those of the released code where it has the column.
     """
 
     epoch: int  # from 1

@@ -46,17 +46,17 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """FSDP2: cut every block, and what is no block's, over `mesh`.
+    """FSDP2: shard every block, and the rest of the model, over `mesh`.
 
-    Matrices travel in the dtype that the blocks cast them to anyway. What every strategy applies in fp32 travels in
-    fp32: norms and positions, gathered once for the whole model with all that is no block's.
+    Matrices are gathered in the dtype that the blocks cast them to anyway. Norms and positions, which every strategy
+    applies in fp32, are gathered in fp32: once for the whole model, with all that belongs to no block.
     """
     blocks = _blocks(model)
-    # FSDP casts no input: a block's is the residual stream.
+    # Inputs are not cast: a block's input is the residual stream.
     low = MixedPrecisionPolicy(
         param_dtype=blocks[0].mlp.fc1.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # The root comes first, to take the norms out of the blocks: a group of their own would put hooks inside the blocks.
+    # The root comes first and takes the norms: in a group of their own they would put hooks inside the blocks.
     matrices = {p for block in blocks for p in block.parameters()} - _norm_parameters(model)
     # Resharded at the root too: a forward without backward (targets, probes) would leave it whole.
     fully_shard(model, mesh=mesh, reshard_after_forward=True, ignored_params=matrices)
@@ -73,7 +73,7 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> None:
 def materialise(model: nn.Module, source: nn.Module | None, world: World) -> None:
     """Give a model made on the meta device its memory and, on all ranks, the weights of rank 0's `source`.
 
-    Memory is filled with NaN first, so that a parameter which no weight reached cannot pass unseen.
+    Memory is filled with NaN first, so that a parameter without a weight is noticed.
     """
     model.to_empty(device=world.device)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def materialise(model: nn.Module, source: nn.Module | None, world: World) -> Non
 
 
 def average_gradients(model: nn.Module, world: World) -> nn.Module:
-    """What to call in place of a trained model: under DDP a wrapper that averages gradients in the backward."""
+    """The module to call for training: under DDP a wrapper that averages gradients in the backward, else `model`."""
     if world.strategy != "ddp":
         return model
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -95,7 +95,7 @@ def average_gradients(model: nn.Module, world: World) -> nn.Module:
 
 @contextlib.contextmanager
 def accumulate(*models: nn.Module) -> Iterator[None]:
-    """Inside, backward adds to this rank's gradients and leaves their reduction to the step's last micro-batch."""
+    """Inside, backward only adds to this rank's gradients; the step's last micro-batch reduces them over the ranks."""
     with contextlib.ExitStack() as stack:
         for model in models:
             if isinstance(model, DistributedDataParallel):

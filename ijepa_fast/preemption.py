@@ -30,6 +30,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def requeue(self) -> None:
-        """After saving and `close`: where submitit runs the job, have it requeue it; it listens to SIGUSR2."""
+        """After saving and `close`: submitit, if it runs this job, puts it back into the queue on SIGUSR2."""
         if self._last in _REQUEUEING and callable(self._before[signal.SIGUSR2]):
             os.kill(os.getpid(), signal.SIGUSR2)

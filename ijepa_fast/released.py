@@ -35,7 +35,7 @@ _KEYS = {
     "optimization.ipe_scale": "optim.schedule_stretch",
 }
 _AUGMENTATIONS = ("data.use_color_distortion", "data.use_gaussian_blur", "data.use_horizontal_flip")
-# Of no consequence here, and why.
+# Keys without an effect here, and why.
 _DROPPED = {
     "data.color_jitter_strength": "color distortion is off",
     "data.pin_mem": "batches are always pinned on CUDA",
@@ -53,7 +53,7 @@ def is_released(raw: dict[str, Any]) -> bool:
 
 
 def convert_released(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], list[str]]:
-    """Our nested values for a released config, and a line on each key of it that says what became of it.
+    """Our nested values for a released config, and a line on what became of each of its keys.
 
     A released file gives the batch of one GPU and leaves the number of GPUs to the launcher. All published runs have a
     global batch of 2048, so that is what `optim.global_batch_size` becomes unless it is overridden.

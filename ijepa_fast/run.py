@@ -50,7 +50,7 @@ class Run(NamedTuple):
     masks: MultiBlockMasks
     data: Pipeline
     state: TrainState
-    encoder: nn.Module  # what the loss is computed with: the state's, whose gradients are averaged over the ranks
+    encoder: nn.Module  # for the loss: the state's modules, under DDP in a wrapper that averages gradients
     predictor: nn.Module
     ema: tuple[list[Tensor], list[Tensor]]  # target, source
     schedule: Schedule
@@ -61,13 +61,13 @@ class Run(NamedTuple):
         return self.config.optim.epochs * self.schedule.steps_per_epoch
 
     def loss_denominator(self, step: int) -> float:
-        """What a rank's part of the loss is divided by, so that the mean over ranks is that over the global batch."""
+        """Divides this rank's part of the loss, so that the mean over ranks is the mean over the global batch."""
         return self.masks.count_targets(step) * self.state.encoder.size.dim / self.world.size
 
 
 @contextlib.contextmanager
 def build_run(config: Config, world: World, *, write_cache: bool = True) -> Iterator[Run]:
-    """All parts of a run; its threads end with the context. Raises UserError where the config cannot be met.
+    """All parts of a run; its threads end with the context. Raises UserError for a config that cannot work.
 
     `write_cache=False` leaves no index of the images behind.
     """
@@ -110,7 +110,7 @@ def build_data(config: Config, world: World, masks: MultiBlockMasks, write_cache
 
 
 def read_index(root: Path, config: Config, world: World, write_cache: bool) -> Index:
-    """Rank 0 reads all headers, unless they are cached; the others find its cache, or that of their machine."""
+    """Rank 0 reads all headers or the cache, then the first rank of each machine (it may share that), then the rest."""
     turn = 0 if world.is_main or not write_cache else 1 if world.local_rank == 0 else 2
     group = world.long_timeout_group()
     for current in range(3):
@@ -125,7 +125,7 @@ def build_state(config: Config, world: World) -> TrainState:
     with torch.device("meta"):
         encoder, predictor = draw_models(config, world.device)
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    # Ranks that hold shards get their part of rank 0's weights; the others draw the same weights themselves.
+    # With shards, rank 0 draws the weights and sends each rank its part; without, every rank draws them all itself.
     drawn = initial_models(config, world.device) if world.mesh is None or world.is_main else (None, None)
     for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
         parallelize(model, config.parallel, world, trained=model is not target_encoder)

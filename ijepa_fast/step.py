@@ -42,7 +42,7 @@ class Update(NamedTuple):
 
 
 def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
-    """Make update `step` (from 0), with this rank's micro-batches taken from `batches`. Waits for nothing on CUDA."""
+    """Make update `step` (from 0) with the next micro-batches of this rank. Does not wait for a CUDA device."""
     lr, weight_decay = set_rates(run.state.optimizer, run.schedule, step)
     momentum = run.schedule.momentum(step)
     denominator = run.loss_denominator(step)

@@ -140,7 +140,7 @@ def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: B
 
 
 def check_weights(run: Run, step: int) -> None:
-    """A loss is that of the weights before its update, so a finite one does not speak for what would be saved."""
+    """The loss is computed before the update, so a finite one does not prove that what would be saved is finite."""
     parameters = run.state.trained().parameters()
     finite = torch.stack([parallel.local(parameter).isfinite().all() for parameter in parameters]).all()
     if run.world.any(not finite):
@@ -155,7 +155,7 @@ def diverged(what: str) -> SharedError:
 
 
 def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
-    """Features of the target encoder, which tell what the loss does not."""
+    """Measure the target features: the loss alone does not show a collapse."""
     assert run.probe is not None
     with memory_advice(run.config.optim.micro_batch):
         values = run.probe(run.state.target_encoder)
@@ -165,7 +165,7 @@ def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
 
 
 def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
-    """Make the run's pictures, and name what it made."""
+    """Draw the run's pictures, and print where they and the last checkpoint are."""
     folder, batch = run.config.train.folder, next(run.data.loader.batches(0, 1))
     title = masks_title(run.config.mask, 0)
     masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)

@@ -1,4 +1,4 @@
-"""Pictures of what a run does: `python -m ijepa_fast.view masks --config configs/demo.yaml`.
+"""Pictures of a run: its masks and its curves. `python -m ijepa_fast.view masks --config configs/demo.yaml`.
 
 `masks` draws what a step sees: its real crops, and of each the patches that the context encoder is shown and the target
 blocks that are predicted from them.

@@ -110,7 +110,7 @@ class Loader:
             yield (batch, None) if upload is None else upload(batch)
 
     def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Iterator[bytes]]]:
-        """Each micro-batch, once the reading of the one after it has begun too."""
+        """Yields each micro-batch after the reading of the next one has begun."""
         before = None
         for step in range(first_step, last_step):
             ids = self.sampler.ids(step)
@@ -183,7 +183,7 @@ class _Producer:
     def __init__(self, items: Iterator, depth: int):
         self._ready: queue.Queue = queue.Queue(depth)
         self._stop = threading.Event()
-        # A daemon: an interpreter that exits without close() must not wait for a thread that waits for a consumer.
+        # A daemon, or an interpreter that exits without close() would wait for a thread that waits for a consumer.
         self._thread = threading.Thread(target=self._run, args=(items,), name="loader", daemon=True)
         self._thread.start()
 
@@ -206,7 +206,7 @@ class _Producer:
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it. After `_stop` is set it puts once more at most; an empty queue has room."""
+        """Stop the thread and wait for it. It puts at most one more item, for which the emptied queue has room."""
         self._stop.set()
         while not self._ready.empty():
             self._ready.get_nowait()
@@ -234,7 +234,7 @@ class _Upload:
 
 
 def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
-    """Order the consumer's stream behind the copies, and keep their memory from reuse while that stream needs it."""
+    """Make the consumer's stream wait for the copies, and keep their memory until that stream is done with it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
     for tensor in (batch.images, *batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of):
