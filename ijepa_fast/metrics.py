@@ -264,7 +264,7 @@ class Bar:
     def report(self, row: StepRow) -> None:
         """Show the last row of those that were logged together."""
         left = (self.total_steps - row.step) * row.time_ms / 1000
-        speed = f"{row.tflops:.2f} TFLOP/s" if row.mfu is None else f"MFU {row.mfu:.1%}"
+        speed = f"{row.tflops:.3g} TFLOP/s" if row.mfu is None else f"MFU {row.mfu:.1%}"
         numbers = (
             f"loss {row.loss:.4f}  lr {row.lr:.2e}  momentum {row.momentum:.5f}  {row.images_s:.1f} images/s  "
             f"{row.tokens_s:.0f} tokens/s  {speed}  data wait {row.data_wait:.0%}"
