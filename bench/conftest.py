@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import heap
-from bench.compare import Case, Outcome, attempt, measure
-from bench.machine import Ceilings, cores, describe, settle
-from bench.rows import Record, left_out, table
+from bench.harness import heap
+from bench.harness.compare import Case, Outcome, attempt, measure
+from bench.harness.machine import Ceilings, cores, describe, settle
+from bench.harness.rows import Record, left_out, table
 
 QUICK_PACE = 0.25
 

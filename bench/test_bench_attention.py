@@ -16,8 +16,8 @@ from ijepa_kernels.attention import varlen_attention_ref
 from ijepa_kernels.attention_backends import BACKENDS, choose
 from torch import Tensor
 
-from bench.compare import Case, NotRun, Variant, assert_close
-from bench.workload import MODELS, draw_masks
+from bench.harness.compare import Case, NotRun, Variant, assert_close
+from bench.harness.workload import MODELS, draw_masks
 
 CPU_BATCH = 8
 PLAIN = ("loop", "padded", "batched", "materialised")

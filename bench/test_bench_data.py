@@ -13,9 +13,9 @@ import torch
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD
 from PIL import Image
 
-from bench.compare import Case, NotRun, Variant
-from bench.machine import cores
-from bench.photographs import encode
+from bench.harness.compare import Case, NotRun, Variant
+from bench.harness.machine import cores
+from bench.harness.workload import encode_photographs
 from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.index import RECORD
@@ -40,7 +40,7 @@ def straight(encoded: list[bytes], boxes: np.ndarray) -> torch.Tensor:
 
 
 def decode_case(size: str, threads: int, device: torch.device) -> Case:
-    encoded = encode(size)
+    encoded = encode_photographs(size)
     encoded *= IMAGES[size] // len(encoded)
     n = len(encoded)
     width, height = (np.full(n, int(side)) for side in size.split("x"))

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed, embed_patches, gather_patches, predictor_tokens
 from torch import Tensor
 
-from bench.compare import Case, NotRun, Variant, assert_close
-from bench.workload import MODELS, PREDICTOR_DIM, Model, draw_images, draw_masks, rectangular
+from bench.harness.compare import Case, NotRun, Variant, assert_close
+from bench.harness.workload import MODELS, PREDICTOR_DIM, Model, draw_images, draw_masks, rectangular
 
 CPU_BATCH = 4
 pytestmark = [

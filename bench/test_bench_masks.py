@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compare import Case, NotRun, Variant
-from bench.naive_masks import naive_masks, truncate
-from bench.providers import importable
+from bench.baselines.naive_masks import naive_masks, truncate
+from bench.baselines.released import importable
+from bench.harness.compare import Case, NotRun, Variant
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, MultiBlockMasks
 

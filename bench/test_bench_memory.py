@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from bench.compare import Case, Variant, observe
-from bench.memory import peak_bytes
-from bench.providers import PROVIDERS
-from bench.step_gate import Gate
-from bench.workload import MODELS, Setup
+from bench.baselines.gate import Gate
+from bench.baselines.providers import PROVIDERS
+from bench.harness.compare import Case, Variant, observe
+from bench.harness.profiling import peak_bytes
+from bench.harness.workload import MODELS, Setup
 
 MODEL = [
     pytest.param(name, marks=[pytest.mark.gpu_only] * (MODELS[name].cpu_batch is None))

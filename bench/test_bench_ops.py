@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from ijepa_kernels import Packed, ema_update_, gather_tokens, smooth_l1_loss
 from torch import Tensor
 
-from bench.compare import Case, NotRun, Variant, assert_close
-from bench.workload import IMAGE_SIZE, MODELS, Model, draw_masks, rectangular
+from bench.harness.compare import Case, NotRun, Variant, assert_close
+from bench.harness.workload import IMAGE_SIZE, MODELS, Model, draw_masks, rectangular
 from ijepa_fast.model import build_encoder
 
 CPU_BATCH = 4

@@ -9,14 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import heap
-from bench.compare import Case, Variant
-from bench.machine import cores
-from bench.photographs import write_folder
-from bench.profiles import top_ops
-from bench.providers import PROVIDERS, Ours
-from bench.step_gate import Gate
-from bench.workload import IMAGE_SIZE, MODELS, Setup
+from bench.baselines.gate import Gate
+from bench.baselines.providers import PROVIDERS, Ours
+from bench.harness import heap
+from bench.harness.compare import Case, Variant
+from bench.harness.machine import cores
+from bench.harness.profiling import top_ops
+from bench.harness.workload import IMAGE_SIZE, MODELS, Setup, write_photographs
 from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.pipeline import build_pipeline
@@ -82,7 +81,7 @@ def fed_case(model: str, bench, folder: Path) -> Case:
     """Our step behind the real loader, on JPEGs of ImageNet's usual size: how long it waits for data."""
     setup = Setup(MODELS[model], "truncate", bench.device)
     ours, waits = Ours(setup), []
-    write_folder(folder, "500x375", 2 * setup.batch)
+    write_photographs(folder, "500x375", 2 * setup.batch)
     masks = MultiBlockMasks(MaskConfig(group=setup.batch), setup.model.grid, 0, setup.batch)
     loader = build_pipeline(
         DataConfig(root=folder, image_size=IMAGE_SIZE, threads=cores()),

@@ -5,9 +5,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import test_bench_attention, test_bench_inputs
+from bench.harness.workload import MODELS, PREDICTOR_DIM
 from bench.test_bench_attention import attention_case
 from bench.test_bench_inputs import Inputs, embed_case, gather_case, predictor_case
-from bench.workload import MODELS, PREDICTOR_DIM
 
 CPU = torch.device("cpu")
 

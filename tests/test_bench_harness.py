@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.compare import Case, NotRun, Variant, assert_close, measure
-from bench.machine import Ceilings, folder_name
-from bench.rows import Record, table
-from bench.timing import Timing, interleave
+from bench.harness.compare import Case, NotRun, Variant, assert_close, measure
+from bench.harness.machine import Ceilings, folder_name
+from bench.harness.rows import Record, table
+from bench.harness.timing import Timing, interleave
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -174,7 +174,7 @@ def test_the_folder_is_named_after_the_processor():
 
 SUITE = """
 import pytest, torch
-from bench.compare import Case, NotRun, Variant
+from bench.harness.compare import Case, NotRun, Variant
 
 def absent():
     raise NotRun("not installed")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import record
+from bench.report import record
 
 
 @pytest.fixture

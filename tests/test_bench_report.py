@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.goals import GOALS
-from bench.report import ROOT, report
+from bench.report.goals import GOALS
+from bench.report.report import ROOT, report
 
 MACHINE = {
     "device": "Some(R) Processor, 2 cores", "type": "cpu", "threads": 2, "load": [0.1, 0.1, 0.1], "python": "3.11.1",

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import heap, providers
-from bench.compare import NotRun, observe
-from bench.memory import highest, peak_bytes
-from bench.profiles import top_ops
-from bench.providers import PARTS, PROVIDERS, Ours, Straight, Tuned
-from bench.step_gate import Gate
+from bench.baselines.gate import Gate
+from bench.baselines.providers import PROVIDERS, Ours, Straight, Tuned
+from bench.baselines.step import PARTS, Provider
+from bench.harness import heap
+from bench.harness.compare import NotRun, observe
+from bench.harness.profiling import highest, peak_bytes, top_ops
+from bench.harness.workload import MODELS, Model, Setup, draw_masks, rectangular
 from bench.test_bench_memory import memory_case
-from bench.workload import MODELS, Model, Setup, draw_masks, rectangular
 from ijepa_fast.model import SIZES
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_gate_refuses(wrong):
 
 
 def test_one_step_of_every_provider_leaves_the_same_weights(monkeypatch):
-    monkeypatch.setattr(providers, "MOMENTUM", 0.996)
+    monkeypatch.setattr(Provider, "momentum", 0.996)
     after = {}
     for name in ("ours", "straight", "tuned"):
         setup = Setup(TINY, "truncate", CPU)

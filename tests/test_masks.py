@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench.naive_masks import block_size, naive_masks
+from bench.baselines.naive_masks import block_size, naive_masks
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import MultiBlockMasks, check_masks

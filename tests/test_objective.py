@@ -4,7 +4,7 @@ import torch
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed
 from torch import Tensor, nn
 
-from bench.straight import straight_loss, straight_models
+from bench.baselines.straight import straight_loss, straight_models
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, MultiBlockMasks
 from ijepa_fast.model import Predictor, Size, VisionTransformer, init_weights

@@ -8,7 +8,7 @@ import pytest
 import torch
 from ijepa_kernels import Packed, ema_update_
 
-from bench.straight import straight_models, straight_optimizer, straight_step
+from bench.baselines.straight import straight_models, straight_optimizer, straight_step
 from ijepa_fast.masks import Masks
 from ijepa_fast.model import Size, VisionTransformer, build_predictor, init_weights
 from ijepa_fast.objective import ijepa_loss

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from bench.memory import peak_bytes
+from bench.harness.profiling import peak_bytes
 from ijepa_fast import plan
 from ijepa_fast.config import load_config
 from ijepa_fast.masks import MultiBlockMasks

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bench.providers import Provider
-from bench.straight import straight_loss
-from bench.workload import Setup
+from bench.baselines.step import Provider
+from bench.baselines.straight import StraightEncoder, StraightPredictor, straight_loss
+from bench.harness.workload import Setup
 
 
 class Gate:
@@ -42,7 +42,7 @@ class Gate:
 
     def _straight(self, *, autocast: bool) -> tuple[Tensor, Tensor]:
         setup = self.setup
-        modules = setup.straight()
+        modules = setup.build_baseline(StraightEncoder, StraightPredictor)
         trained = [p for m in modules[:2] for p in m.parameters() if p.requires_grad]
         loss = torch.zeros((), device=setup.device)
         total = [torch.zeros_like(p) for p in trained]

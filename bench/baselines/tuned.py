@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.straight import MLP, PatchEmbed
+from bench.baselines.straight import MLP, PatchEmbed
 
 
 class Attention(nn.Module):

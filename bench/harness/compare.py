@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.machine import Ceilings, copy_call, settle
-from bench.timing import Call, Sampler, Timing, build_sampler, interleave
+from bench.harness.machine import Ceilings, copy_call, settle
+from bench.harness.timing import Call, Sampler, Timing, build_sampler, interleave
 
 
 class NotRun(Exception):

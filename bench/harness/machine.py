@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.timing import build_sampler, interleave, l2_bytes
+from bench.harness.timing import build_sampler, interleave, l2_bytes
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 COPY_BYTES = 1 << 30  # read and written, for the machine's own figure: more than any cache keeps
 CLOCKS = "clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,driver_version"
 

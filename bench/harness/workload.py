@@ -1,14 +1,16 @@
 """What is measured: the models, and for each its weights and one batch of images and masks that all providers get."""
 import copy
+import io
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed
+from PIL import Image
 from torch import Tensor, nn
 
-from bench.straight import StraightEncoder, StraightPredictor
+from bench.harness.compare import NotRun
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.flops import StepFlops, step_flops
 from ijepa_fast.masks import Masks, MultiBlockMasks
@@ -16,6 +18,7 @@ from ijepa_fast.model import SIZES, Size, build_encoder, build_predictor
 
 IMAGE_SIZE = 224
 PREDICTOR_DIM = 384
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 class Model(NamedTuple):
@@ -83,6 +86,27 @@ def draw_images(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return images, ((images / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
+def encode_photographs(size: str) -> list[bytes]:
+    """One JPEG of each photograph that scikit-image ships; `size` is "WIDTHxHEIGHT" in pixels."""
+    try:
+        from skimage import data
+    except ImportError:
+        raise NotRun("scikit-image, which ships the photographs, is not installed") from None
+    encoded = []
+    for name in PHOTOGRAPHS:
+        file = io.BytesIO()
+        Image.fromarray(getattr(data, name)()).resize(tuple(map(int, size.split("x")))).save(file, "JPEG", quality=90)
+        encoded.append(file.getvalue())
+    return encoded
+
+
+def write_photographs(folder: Path, size: str, images: int) -> None:
+    """`images` files, the photographs over and over."""
+    encoded = encode_photographs(size)
+    for i in range(images):
+        (folder / f"{i:05d}.jpg").write_bytes(encoded[i % len(encoded)])
+
+
 class Setup:
     """The weights (fp32) and the batch of one model; `contexts` and `targets` are None where masks are ragged."""
 
@@ -142,19 +166,13 @@ class Setup:
                     step = torch.zeros((), device=p.device if fused else "cpu")  # where AdamW itself would put it
                     optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
 
-    def sizes(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Keyword arguments of the baselines' encoder and predictor."""
+    def build_baseline(self, encoder: type[nn.Module], predictor: type[nn.Module]) -> tuple[nn.Module, ...]:
+        """Encoder, predictor and target encoder of a baseline's classes, on the shared weights."""
         patches = {"num_patches": self.model.grid**2}
-        return (
-            {**self.model.size._asdict(), **patches, "patch_size": self.model.patch_size},
-            {**self.model.predictor_size._asdict(), **patches, "encoder_dim": self.model.size.dim},
-        )
-
-    def straight(self) -> tuple[nn.Module, ...]:
-        """The plain modules, on the shared weights."""
-        encoder, predictor = self.sizes()
+        size = {**self.model.size._asdict(), **patches, "patch_size": self.model.patch_size}
+        predictor_size = {**self.model.predictor_size._asdict(), **patches, "encoder_dim": self.model.size.dim}
         with torch.device("meta"):  # weights of their own would only take time
-            modules = StraightEncoder(**encoder), StraightPredictor(**predictor), StraightEncoder(**encoder)
+            modules = encoder(**size), predictor(**predictor_size), encoder(**size)
         return self.share(*modules)
 
     def flops(self) -> StepFlops:

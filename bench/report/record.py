@@ -1,0 +1,101 @@
+"""Runs the benchmark suites and keeps what they measure: `python bench/record.py --out FOLDER --part all`.
+
+Every part is a process of its own (a fault on a GPU ends one part, not the record) and gets nine minutes: a case that
+has not begun by then is recorded as not run. Rows are written one by one into FOLDER/<device>/<date>-<commit>.json;
+running another part on the same day and commit adds to it. `--twice` runs each part once more, and every row then says
+how far its second median is from its first. `python bench/report.py` makes RESULTS.md of what is in bench/results.
+"""
+import argparse
+import json
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import torch
+
+from bench.harness.machine import ROOT, commit, describe, device_name, folder_name
+from bench.harness.rows import Record, table
+
+PARTS = {
+    "tests": [],
+    "ops": ["ops", "inputs", "masks"],
+    "attention": ["attention"],
+    "step": ["step", "data"],
+    "memory": ["memory"],
+}
+MINUTES = 9
+GRACE_S = 60  # of the nine minutes, left for the case at hand to end
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where the record is written")
+    parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument("--quick", action="store_true", help="the marked cases only, fewer samples")
+    parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
+    parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
+    parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
+    parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
+    args = parser.parse_args(argv)
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit().removesuffix('+')}.json"
+    path = args.out.resolve() / folder_name(device_name(device)) / name
+    options = ["--quick"] * args.quick + ["--profile"] * args.profile + ["--compile"] * args.compile
+    options += (["--released", str(args.released.resolve())] if args.released else [])
+    failed = False
+    for part in PARTS if args.part == "all" else [args.part]:
+        for again in (False, True) if args.twice and part != "tests" else (False,):
+            started = time.monotonic()
+            ok = run_tests(path) if part == "tests" else run_part(part, path, [*options, *["--again"] * again])
+            failed |= not ok
+            print(f"{part}{' again' * again}: {'done' if ok else 'with failures'}, {time.monotonic() - started:.0f} s")
+    print("\n".join(table(json.loads(path.read_text())["rows"])))
+    print(f"record: {path}")
+    return int(failed)
+
+
+def run_part(part: str, path: Path, options: list[str]) -> bool:
+    files = [f"bench/test_bench_{suite}.py" for suite in PARTS[part]]
+    budget = str(60 * MINUTES - GRACE_S)
+    code = _pytest(*files, "--benchmark-only", "-q", "--record", str(path), "--budget", budget, *options)
+    if code not in (0, 1):  # neither passed nor failed: it was killed, or died
+        row = {"suite": part, "op": "process", "case": "", "provider": "ours"}
+        Record(path).add({**row, "status": f"error: exit code {code}"})
+    return code == 0
+
+
+def run_tests(path: Path) -> bool:
+    """`pytest -m gpu`: a row a test that is not passed, and one with the counts."""
+    record = Record(path)
+    row = {"suite": "tests", "op": "gpu", "case": "", "provider": "ours"}
+    if not torch.cuda.is_available():
+        record.open_session(describe(torch.device("cpu")))
+        record.add({**row, "status": "not run: GPU only"})
+        return True
+    record.open_session(describe(torch.device("cuda")))
+    report = path.with_suffix(".xml")
+    ok = _pytest("tests", "-m", "gpu", "-q", "--junitxml", str(report)) == 0
+    counts: dict[str, int] = {}
+    for test in ElementTree.parse(report).iter("testcase") if report.exists() else ():
+        kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
+        kind = next((kinds[child.tag] for child in test if child.tag in kinds), "passed")
+        counts[kind] = counts.get(kind, 0) + 1
+        if kind != "passed":
+            name = f"{test.get('classname')}.{test.get('name')}"
+            why = next((child.get("message") or "" for child in test if child.tag in kinds), "")
+            record.add({**row, "op": name, "status": f"{kind}: {why.splitlines()[0][:150] if why else ''}"})
+    report.unlink(missing_ok=True)
+    record.add({**row, "status": "counted" if counts else "error: no report", "counts": counts})
+    return ok
+
+
+def _pytest(*arguments: str) -> int | str:
+    """The exit code of a run in the repository; killed past its minutes, so that the next part still has its own."""
+    command = [sys.executable, "-m", "pytest", *arguments]
+    try:
+        return subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES).returncode
+    except subprocess.TimeoutExpired:
+        return f"none, stopped after {MINUTES} minutes"
