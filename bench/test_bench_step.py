@@ -63,9 +63,13 @@ def step_case(model: str, collate: str, bench) -> Case:
     if setup.device.type == "cuda":
         bench.ceilings.matmul_rate(*block, torch.float8_e4m3fn)  # for the record: what fp8 would be held against
     shapes = {
-        "model": setup.model.encoder, "patch_size": setup.model.patch_size, "batch": setup.batch, "collate": collate,
-        "context": float(setup.lengths[0].mean()), "target": float(setup.lengths[1].mean()),
-    }  # fmt: skip
+        "model": setup.model.encoder,
+        "patch_size": setup.model.patch_size,
+        "batch": setup.batch,
+        "collate": collate,
+        "context": float(setup.lengths[0].mean()),
+        "target": float(setup.lengths[1].mean()),
+    }
     return Case(
         {name: variant(name) for name in PROVIDERS},
         shapes,

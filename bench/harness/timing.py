@@ -42,11 +42,9 @@ class Timing:
         return float(np.median(self.samples))
 
     def summary(self) -> dict[str, Any]:
-        p10, p25, p50, p75, p90 = np.quantile(self.samples, [0.1, 0.25, 0.5, 0.75, 0.9]).tolist()
-        return {
-            "median": p50, "p10": p10, "p25": p25, "p75": p75, "p90": p90,
-            "min": min(self.samples), "rounds": len(self.samples),
-        }  # fmt: skip
+        names, levels = ("median", "p10", "p25", "p75", "p90"), (0.5, 0.1, 0.25, 0.75, 0.9)
+        quantiles = dict(zip(names, np.quantile(self.samples, levels).tolist(), strict=True))
+        return {**quantiles, "min": min(self.samples), "rounds": len(self.samples)}
 
 
 def interleave(

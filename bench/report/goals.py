@@ -59,11 +59,16 @@ GOALS = (
     Goal("loss at H14, times as fast as eager", "cuda", ("loss", "H14", "eager"), FASTER, 4),
     Goal("patches at H14, times as fast as eager", "cuda", ("gather_patches", "H14-truncate", "eager"), FASTER, 3),
     *(
-        Goal(f"attention at {case}, times as fast as torch's", "cuda", ("attention", f"{case}-ragged", "torch_varlen"),
-             FASTER, 1.2)
+        Goal(
+            f"attention at {case}, times as fast as torch's",
+            "cuda",
+            ("attention", f"{case}-ragged", "torch_varlen"),
+            FASTER,
+            1.2,
+        )
         for case in ("predictor24", "context80", "context88")
     ),
-)  # fmt: skip
+)
 
 
 def goal_lines(rows: list[Row], device: str) -> list[tuple[str, str, str, str]]:

@@ -8,8 +8,12 @@ from matplotlib.figure import Figure
 Row = dict[str, Any]
 PART_COLORS = ("#1f4e8c", "#4f86c6", "#9db7d5", "#c2571a", "#e3a77f")
 PROVIDER_COLORS = {
-    "ours": "#c2571a", "ours_compiled": "#e3a77f", "tuned": "#4f86c6", "straight": "#9db7d5", "released": "#7a7a7a",
-}  # fmt: skip
+    "ours": "#c2571a",
+    "ours_compiled": "#e3a77f",
+    "tuned": "#4f86c6",
+    "straight": "#9db7d5",
+    "released": "#7a7a7a",
+}
 
 
 def draw(rows: list[Row], device: str, folder: Path) -> dict[str, list[Path]]:

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     name = f"{time.strftime('%Y-%m-%d', time.gmtime())}-{commit().removesuffix('+')}.json"
     path = args.out.resolve() / folder_name(device_name(device)) / name
     options = ["--quick"] * args.quick + ["--profile"] * args.profile + ["--compile"] * args.compile
-    options += (["--released", str(args.released.resolve())] if args.released else [])
+    options += ["--released", str(args.released.resolve())] if args.released else []
     failed = False
     for part in PARTS if args.part == "all" else [args.part]:
         for again in (False, True) if args.twice and part != "tests" else (False,):
