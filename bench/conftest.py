@@ -20,7 +20,7 @@ QUICK_PACE = 0.25
 
 
 class ReplayClock:
-    """A timer for pytest-benchmark that shows time that was measured before."""
+    """A timer for pytest-benchmark that replays times measured before."""
 
     def __init__(self):
         self.now = 0.0
@@ -40,7 +40,7 @@ def pytest_addoption(parser):
     group.addoption("--threads", type=int, default=cores(), help="torch's own threads (default: the machine's cores)")
     group.addoption("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     group.addoption("--record", type=Path, metavar="FILE", help="write every row into this JSON file")
-    group.addoption("--again", action="store_true", help="the rows are a second run of those in --record: compare")
+    group.addoption("--again", action="store_true", help="a second run: compare its rows with those in --record")
     group.addoption("--profile", action="store_true", help="add to every step's row where its time goes, op by op")
     group.addoption("--budget", type=float, metavar="S", help="start no further case after this many seconds")
 
@@ -51,7 +51,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     session = config.stash[SESSION]
-    # The providers of a case one after the other, in whatever order parameters were written down.
+    # The providers of a case run one after the other, whatever the order of the parameters.
     first = {}
     for place, item in enumerate(items):
         first.setdefault((item.path, *identity(item)[:3]), place)
@@ -98,7 +98,7 @@ class Session:
         self.record = Record(path, again=config.getoption("again")) if path else None
 
     def start(self) -> None:
-        """Once, before the first case: pin the threads, settle the clocks, say what the machine is."""
+        """Before the first case: pin the threads, settle the clocks, record what the machine is."""
         if self.started is not None:
             return
         self.started = time.monotonic()
@@ -142,7 +142,7 @@ def identity(item) -> tuple[str, str, str, str]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Items left out at collection still have their row."""
+    """Items left out at collection get a row too."""
     if REASON in item.stash:
         session = item.config.stash[SESSION]
         session.start()

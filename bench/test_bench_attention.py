@@ -1,10 +1,10 @@
 """Attention inside packed sequences: every backend and head dim of the paper's models, lengths of the real sampler.
 
 `context` sequences are the context encoder's, `predictor` ones a context with its mask tokens, `dense` ones the whole
-images of the target encoder, forward only. `ours` is our kernel on a GPU and the PyTorch form on a CPU; `auto` is what
-a user gets who asks for nothing. Beside the backends stands what plain PyTorch offers: one call of
-`scaled_dot_product_attention` a sequence (`loop`), one padded and masked (`padded`), and, where lengths are equal, one
-over the batch (`batched`) and the released code's product that materialises its matrix (`materialised`).
+images of the target encoder, forward only. `ours` is our kernel on a GPU and the PyTorch form on a CPU; `auto` is the
+backend that a user gets by default. The last four are plain PyTorch: a call of `scaled_dot_product_attention` for every
+sequence (`loop`), or one call, padded and masked (`padded`); and where lengths are equal, one call over the batch
+(`batched`), or the released way, which materialises the attention matrix (`materialised`).
 """
 from functools import partial
 

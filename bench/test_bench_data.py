@@ -1,7 +1,7 @@
-"""JPEGs to crops of 224 px by each decoder, beside the plain float pipeline; and what order and boxes cost an image.
+"""From JPEGs to crops of 224 px, by each decoder and in the released way; and the cost of order and crop boxes.
 
-The photographs come as JPEGs of three sizes: 500 x 375 is ImageNet's usual one. All runs on the host, but for DALI's
-decoder on a GPU.
+The photographs are JPEGs of three sizes; 500 x 375 is ImageNet's usual one. All runs on the host, except DALI's decoder
+on a GPU.
 """
 import io
 import itertools
@@ -29,7 +29,7 @@ QUICK = pytest.mark.quick
 
 
 def straight(encoded: list[bytes], boxes: np.ndarray) -> torch.Tensor:
-    """What a worker of a data loader does: crop, resize, float, normalise, channels first, one image after another."""
+    """What a worker of the released loader does: image by image crop, resize, to float, normalise, channels first."""
     mean, std = torch.tensor(IMAGENET_MEAN).view(3, 1, 1), torch.tensor(IMAGENET_STD).view(3, 1, 1)
     images = []
     for data, (left, top, width, height) in zip(encoded, boxes.tolist(), strict=True):
@@ -100,7 +100,7 @@ def test_bench_decode(bench, size, threads, provider):
 
 
 def order_case(images: int) -> Case:
-    """One step's share of a rank: ids, their records in the index, boxes. The epoch's permutation is drawn before."""
+    """A rank's share of one step: ids, index records, crop boxes. The epoch's order is drawn before."""
     records = np.zeros(images, RECORD)
     records["width"], records["height"] = 500, 375
     sampler = GlobalBatchSampler(images, 2048, seed=0)

@@ -1,9 +1,9 @@
 """The ops that make a transformer's input, against PyTorch: gather_patches, embed_patches, predictor_tokens.
 
-`eager` is the released code's way: the whole image normalised, in floats, and only then selected from. `select` is the
-best that plain PyTorch offers, the wanted rows first; `compiled` is `select` under torch.compile (GPU only: on a CPU it
-compiles longer than this file runs). Both collations, for here they differ: ragged contexts are longer, and the
-released way cannot take them.
+`eager` is the released way: normalise the whole image, in floats, then select patches. `select` is the best that plain
+PyTorch offers: select rows first; `compiled` is `select` under torch.compile (GPU only: on a CPU it compiles longer
+than this file runs). Both collations are here, because they differ: ragged contexts are longer, and the released way
+cannot take them.
 """
 import pytest
 import torch
@@ -69,7 +69,7 @@ class Inputs:
 
 
 def gathered(x: Tensor, masks: list[Tensor]) -> Tensor:
-    """With an index of the size of the output, as in the released helper."""
+    """With an index of the size of the output, the released way."""
     return torch.cat([x.gather(1, m.unsqueeze(-1).repeat(1, 1, x.shape[-1])) for m in masks]).flatten(0, 1)
 
 

@@ -1,8 +1,8 @@
 """Masks of a released per-GPU batch (128 images, 16 x 16 patches): ours, and one image after another in plain torch.
 
-All draw the same distribution, in the same process, each time another step: `loop` is the plain algorithm, written by
-us without what the released collator does besides, and `released` that collator itself, which truncates. Both draw the
-`reference` sampler only; `corrected` has no other implementation to be held against.
+All draw the same distribution, another step at each call. `loop` is our plain writing of the released algorithm, and
+`released` the released collator itself, which always truncates and also stacks the images. Both draw the `reference`
+sampler only; there is nothing to compare `corrected` with.
 """
 import itertools
 from pathlib import Path

@@ -1,7 +1,7 @@
 """The peak memory of a step: what lives from step to step, and the most that a step holds beyond it.
 
-Providers take turns: each is built, proven by the gate of the step suite, followed through one step, and freed. The
-time of a row is that of the one step whose memory was followed, and no measure of speed.
+One provider after the other is built, checked by the gate of the step suite, observed during one step, and freed. The
+time in a row is that of the observed step, which the observing slows down: it does not measure speed.
 """
 import time
 

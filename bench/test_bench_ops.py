@@ -1,7 +1,7 @@
 """The single ops against PyTorch, at the shapes of the paper's models: ours, its plain form, the best way to say it.
 
-`eager` is what the released code does; `index_select`, `foreach_lerp` and their like are the best that PyTorch offers;
-`compiled` is that form under torch.compile (GPU only: on a CPU compiling takes longer than this file). The bytes are
+`eager` is the released way; `index_select`, `foreach_lerp` and the like are the best that PyTorch offers; `compiled` is
+that form under torch.compile (GPU only: on a CPU compiling takes longer than this file). The bytes are
 those of kernels/README.md. On a CPU batches are small and the EMA takes one block of the model.
 """
 import pytest
@@ -95,11 +95,11 @@ class Targets:
         return torch.randn(self.tokens, self.dim, generator=generator, device=self.device).to(self.dtype)
 
     def gather(self, x: Tensor) -> Tensor:
-        """With an index of the size of the output, as in the released helper."""
+        """With an index of the size of the output, the released way."""
         return torch.cat([x.gather(1, m.unsqueeze(-1).repeat(1, 1, self.dim)) for m in self.masks]).flatten(0, 1)
 
     def select(self, x: Tensor) -> Tensor:
-        """By row numbers that are there already: ours finds them itself, from the masks."""
+        """By row numbers computed beforehand; ours computes them itself, from the masks."""
         return x.flatten(0, 1).index_select(0, self.rows)
 
 

@@ -1,7 +1,7 @@
-"""The whole training step and its parts, by each provider on shared weights and one batch, at equal tokens.
+"""The whole training step and its parts, by each provider, on shared weights and one batch.
 
-A ragged batch holds more tokens than a truncated one, and the baselines cannot take it: ours stands alone there, and
-its images/s are not to be held against those of truncated masks.
+Only ours takes ragged masks. A ragged batch holds more tokens than a truncated one, so do not compare its images/s with
+those of truncated masks.
 """
 import statistics
 from pathlib import Path
@@ -61,7 +61,7 @@ def step_case(model: str, collate: str, bench) -> Case:
     size = setup.model.size
     block = setup.batch * setup.model.grid**2, size.dim, size.mlp_dim
     if setup.device.type == "cuda":
-        bench.ceilings.matmul_rate(*block, torch.float8_e4m3fn)  # for the record: what fp8 would be held against
+        bench.ceilings.matmul_rate(*block, torch.float8_e4m3fn)  # for the record: the ceiling of an fp8 step
     shapes = {
         "model": setup.model.encoder,
         "patch_size": setup.model.patch_size,

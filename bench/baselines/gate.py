@@ -1,4 +1,4 @@
-"""The correctness gate of whole steps: no provider is timed before its loss and gradients are those of `straight`."""
+"""The gate of whole steps: only a provider whose loss and gradients agree with those of `straight` is timed."""
 from collections.abc import Iterator
 
 import torch
@@ -10,11 +10,11 @@ from bench.harness.workload import Setup
 
 
 class Gate:
-    """Loss and gradients of every provider against `straight` in fp32, at the shared weights.
+    """Compares loss and gradients of a provider with those of `straight` in fp32, at the shared weights.
 
-    A provider may be off by twice what `straight` itself loses to its dtype, and by the rounding of fp32 sums
-    (ROUNDING). The reference takes a few images at a time, one where masks are ragged: `straight` cannot take those
-    otherwise, and in fp32 its activations for a whole batch would not fit.
+    The allowed error is twice what `straight` itself loses in the provider's dtype, plus the rounding of fp32 sums
+    (ROUNDING). The reference runs on a few images at a time, because in fp32 the activations of a whole batch would
+    not fit. Where masks are ragged it runs on one image at a time: `straight` needs rectangular masks.
     """
 
     ROUNDING = 1e-5  # of the norm; measured at S/16: 2e-7
@@ -53,7 +53,7 @@ class Gate:
         return loss, _flat(total)
 
     def _parts(self) -> Iterator[tuple[Tensor, list[Tensor], list[Tensor], float]]:
-        """Images, rectangular masks and their share of the loss."""
+        """Parts of the batch: images, rectangular masks, and the part's weight in the loss."""
         setup = self.setup
         if setup.contexts is not None:
             for start in range(0, setup.batch, self.IMAGES):

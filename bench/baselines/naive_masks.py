@@ -1,9 +1,8 @@
-"""Multi-block masks drawn the plain way: image by image and block by block, with torch, as the released collator works.
+"""Multi-block masks drawn the plain way: image by image and block by block, with torch, as the released collator does.
 
-The yardstick of `ijepa_fast.masks`, for its distribution in the tests and for its speed in the benchmark. It shares no
-code and no random numbers with it.
+The reference for `ijepa_fast.masks`: of its distribution in the tests, of its speed in the benchmark. The two share no
+code and no random numbers.
 """
-
 import math
 
 import torch

@@ -20,7 +20,7 @@ PARTS = ("target", "context", "predictor", "backward", "optimizer+EMA")
 
 
 class Marks:
-    """Time stamps between the parts of each step; on CUDA events in the stream, read when all is over."""
+    """Time stamps between the parts of each step. On CUDA they are events in the stream, read after all steps."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -48,7 +48,7 @@ class Marks:
 
 
 class Provider:
-    """A step: loss, backward, update. Subclasses set the three modules and the optimizer, and say how."""
+    """A step: loss, backward, update. Subclasses set the three modules and the optimizer."""
 
     encoder: nn.Module
     predictor: nn.Module
@@ -86,7 +86,7 @@ class Provider:
         return loss.detach()
 
     def before_step(self) -> None:
-        """Untimed: have the C library treat freed memory this provider's way."""
+        """Untimed: set what the C library does with freed memory as this provider has it."""
         if self.setup.device.type == "cpu":
             heap.enter(self.freed_memory, settle=self._unmarked_step)
 
@@ -99,13 +99,13 @@ class Provider:
             yield from (p for p in model.parameters() if p.requires_grad)
 
     def gradients(self) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradients at the shared weights; changes nothing."""
+        """Loss and gradients at the shared weights; nothing is updated."""
         loss = self.loss()
         gradients = torch.autograd.grad(loss, list(self.trained()))
         return loss.detach(), list(gradients)
 
     def persistent_bytes(self) -> int:
-        """Of everything that lives from step to step: weights, target, optimizer state, batch."""
+        """The bytes of what lives from step to step: weights, target, optimizer state, batch."""
         setup = self.setup
         tensors = [p for m in (self.encoder, self.predictor, self.target_encoder) for p in m.parameters()]
         tensors += [x for state in self.optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]

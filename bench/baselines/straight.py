@@ -1,11 +1,11 @@
-"""I-JEPA's step written straight down in PyTorch: the reference of the tests and the baseline of the benchmark.
+"""`straight`, our rewriting of the released step: the reference of the tests and a baseline of the benchmark.
 
-What the released training loop computes, the way it computes it, in our words: every patch embedded by a convolution
-and then selected by `torch.gather`; attention that materialises its matrix; rectangular masks, `[B, K]` int64 index
-tensors in lists, rows mask-major; one predictor sequence per target block and context; `F.layer_norm` and
-`F.smooth_l1_loss`; PyTorch's default AdamW; the EMA tensor by tensor; bfloat16 autocast on CUDA. Left out are its
-logging of gradient norms and its GradScaler (bfloat16 needs none). Parameters have the same names as in
-`ijepa_fast.model`, so `load_state_dict` moves weights between the two.
+It computes what the released loop computes, in the same way: a convolution embeds every patch and `torch.gather`
+selects some; attention materialises its matrix; masks are rectangular, lists of int64 `[B, K]`, rows mask-major; the
+predictor sees one sequence per target block and context; `F.layer_norm` and `F.smooth_l1_loss`; PyTorch's default
+AdamW; the EMA tensor by tensor; bfloat16 autocast on CUDA. It leaves out the logging of gradient norms and the
+GradScaler, which bfloat16 does not need. Parameters are named as in `ijepa_fast.model`, so `load_state_dict` moves
+weights between the two.
 """
 import torch
 import torch.nn.functional as F

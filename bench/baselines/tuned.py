@@ -1,9 +1,9 @@
-"""I-JEPA's step as a good engineer tunes it with PyTorch alone: the second baseline of the benchmark.
+"""`tuned`: the step as a good engineer tunes it with PyTorch alone, a baseline of the benchmark.
 
-It computes the rows that `straight` computes, by PyTorch's own means: `scaled_dot_product_attention`, gathers that
-repeat no index, fused AdamW, the EMA in one foreach call, and `torch.compile` of every transformer block (on a CPU with
---compile only), with dynamic shapes because the lengths of truncated masks change from step to step. Parameters have
-the names of `ijepa_fast.model`, so weights move by `load_state_dict`.
+It computes the same rows as `straight`, with `scaled_dot_product_attention`, gathers by row number, fused AdamW, the
+EMA in one foreach call, and `torch.compile` of every transformer block (on a CPU only with --compile). Shapes are
+dynamic, because the lengths of truncated masks change from step to step. Parameters are named as in
+`ijepa_fast.model`, so `load_state_dict` moves weights between the two.
 """
 import torch
 import torch.nn.functional as F

@@ -1,8 +1,8 @@
-"""One case of a benchmark: the same work by several providers, each proven right before any is timed.
+"""One case of a benchmark: the same work by several providers, each checked before any is timed.
 
-What is timed is what was checked: a variant's gate looks at the result of the very call that is then sampled. A variant
-whose gate is red has no time. All others of the case are sampled in turn, and beside them, where the op's own formula
-says how many bytes it must move, a plain copy of as many bytes: the floor that the op is held against.
+A variant's gate checks the result of the same call that is then sampled. A variant whose gate is red is not timed. All
+others of the case are sampled in turn. Where a formula gives the fewest bytes that the op must move, a plain copy of as
+many bytes is sampled with them: its time is the floor of the op.
 """
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -37,17 +37,17 @@ class Case:
     dtype: torch.dtype
     check: Callable[[Any], None] | None = None  # raises AssertionError for a wrong result of a call
     nbytes: int | None = None  # the fewest bytes the op must move, by its own formula
-    flops: float | None = None  # those of tokens that exist
-    block: tuple[int, int, int] | None = None  # rows, dim, mlp_dim: the products whose rate bounds `flops`
+    flops: float | None = None  # of real tokens only, no padding
+    block: tuple[int, int, int] | None = None  # rows, dim, mlp_dim: the matrix products that set the FLOP/s ceiling
     seconds: float = 0.4  # of sampling, a variant
-    host: bool = False  # measures the host, whatever device the session is about
-    note: Callable[[float], dict[str, float]] | None = None  # of a median: what people want to read of it
+    host: bool = False  # runs on the CPU, whatever the device of the session
+    note: Callable[[float], dict[str, float]] | None = None  # readable figures, from the median in seconds
     info: dict[str, Any] = field(default_factory=dict)  # further fields of every row
 
 
 @dataclass
 class Outcome:
-    """What became of one variant: a row's fields, or why there is no time, or the error that stopped it."""
+    """The result of one variant: the fields of its row; without a time, the reason or the error is there."""
 
     fields: dict[str, Any]
     timing: Timing | None = None
@@ -55,10 +55,10 @@ class Outcome:
 
 
 def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
-    """Gate, then time every variant; `pace` scales the time spent. An outcome for each, whatever happens to others."""
+    """Gate and then time every variant; `pace` scales the time spent. Each has an outcome, even if others fail."""
     device = torch.device("cpu") if case.host else ceilings.device
     matmul = case.flops / ceilings.matmul_rate(*case.block, case.dtype) if case.flops and case.block else None
-    # All are proven before the first is warmed up: the providers of a step share their weights, and a step moves them.
+    # All gates come before the first warm-up: the providers of a step share their weights, and a step may move them.
     calls, outcomes = attempt(case.variants, lambda name, variant: prove(name, case, variant))
 
     def sampler(name: str, call: Call) -> Sampler:
@@ -92,15 +92,15 @@ def measure(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
 
 
 def ratio(other: Timing, ours: Timing) -> dict[str, float]:
-    """How many times as fast ours is, round by round: a machine that slows down slows both of a round."""
+    """How many times as fast ours is, round by round: a machine that slows down slows both samples of a round."""
     rounds = np.array(other.samples) / np.array(ours.samples)
     return dict(zip(("median", "p10", "p90"), np.quantile(rounds, [0.5, 0.1, 0.9]).tolist(), strict=True))
 
 
 def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, Outcome]:
-    """One variant after another: `make()` itself proves, observes its peak memory and returns a row's fields.
+    """Instead of `measure`, for peak memory: `make()` itself runs the gate and the call and returns a row's fields.
 
-    `pace` plays no part.
+    Variants run one after the other. `pace` is ignored.
     """
     seen, outcomes = attempt(case.variants, lambda _, variant: variant.make())
     for name, fields in seen.items():
@@ -112,7 +112,7 @@ def observe(case: Case, ceilings: Ceilings, *, pace: float = 1.0) -> dict[str, O
 
 
 def prove(name: str, case: Case, variant: Variant) -> Call:
-    """The call to time, after its gate. Raises AssertionError where that is red, ValueError where there is none."""
+    """Run the gate and return the call to time. AssertionError: the gate is red; ValueError: there is no gate."""
     if variant.gate is not None:
         variant.gate()
         return variant.make()

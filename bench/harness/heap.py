@@ -1,7 +1,7 @@
-"""What the C library does with freed memory while a provider's step is timed: each has its own user's setting.
+"""What the C library does with freed memory while a step is timed: for each provider as its user would have it.
 
-`kept`: as `ijepa_fast.train` sets it on a CPU. `returned`: glibc's way, where a step faults in again what the one
-before gave back. The setting is the process's: whoever follows a provider of the other kind runs a step untimed first.
+`kept`: as `ijepa_fast.train` sets it on a CPU. `returned`: glibc's default, which hands freed memory back, so that the
+next step has to fault it in again. The setting belongs to the process. After a change an untimed step comes first.
 """
 import ctypes
 from collections.abc import Callable
@@ -12,7 +12,7 @@ _now: str | None = None
 
 
 def enter(setting: str, settle: Callable[[], object] = lambda: None) -> None:
-    """Make `setting`, "kept" or "returned", the process's; where it was the other, run `settle` under it."""
+    """Set the process to "kept" or "returned"; if that is a change, call `settle` under the new setting."""
     global _now
     if setting == _now:
         return

@@ -1,4 +1,4 @@
-"""What a measurement ran on, and how fast that machine copies and multiplies: the ceilings that rows are held to."""
+"""The machine a measurement ran on, and how fast it copies and multiplies: the ceilings of every row."""
 import datetime
 import os
 import platform
@@ -34,7 +34,7 @@ def folder_name(device: str) -> str:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Device, clocks, driver, versions, commit, date, and how busy the machine was: what every record carries."""
+    """For every record: device, clocks, driver, versions, commit, date, and how busy the machine was."""
     about = {
         "device": device_name(device),
         "type": device.type,
@@ -55,7 +55,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The short hash, with `+` where code that is measured differs from it; `unknown` outside a repository."""
+    """The short hash, with `+` if the measured code has uncommitted changes; `unknown` outside a repository."""
     try:
         head = _run("git", "rev-parse", "--short=10", "HEAD")
         changed = _run("git", "status", "--porcelain", "--", "ijepa_fast", "kernels", "bench/*.py")
@@ -73,7 +73,7 @@ def gpu_clocks() -> dict[str, str]:
 
 
 def settle(device: torch.device, seconds: float = 2.0) -> None:
-    """Keep a GPU busy until its clocks are those of work, not of idleness."""
+    """Keep a GPU busy until its clocks have left idle."""
     if device.type != "cuda":
         return
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
@@ -89,14 +89,14 @@ def settle(device: torch.device, seconds: float = 2.0) -> None:
 
 
 class Ceilings:
-    """Copy bandwidth and matmul rates of this machine, each measured once a session, when it is first asked for."""
+    """Copy bandwidth and matmul rates of this machine, each measured once a session, on first use."""
 
     def __init__(self, device: torch.device):
         self.device = device
         self.measured: dict[str, float] = {}  # what was measured, in bytes/s and FLOP/s, for the record
 
     def copy_bandwidth(self) -> float:
-        """Bytes read plus bytes written, a second, of `copy_` between buffers that no cache holds."""
+        """Bytes read plus bytes written per second by `copy_`, between buffers too large for any cache."""
         return self._once("copy", COPY_BYTES, lambda: copy_call(COPY_BYTES, self.device))
 
     def matmul_rate(self, rows: int, dim: int, mlp_dim: int, dtype: torch.dtype) -> float:

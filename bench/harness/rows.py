@@ -1,4 +1,4 @@
-"""The record of a run: one JSON file, whole after every row, and the table of it that fits a terminal."""
+"""The record of a run, a JSON file that is complete after every row, and its table for the terminal."""
 import json
 import os
 from pathlib import Path
@@ -9,10 +9,10 @@ KEY = ("suite", "op", "case", "provider")
 
 
 class Record:
-    """`{"sessions": [machine and ceilings], "rows": [...]}` in a file, replaced whole at each change.
+    """`{"sessions": [machine and ceilings], "rows": [...]}` in a file that is replaced whole after every row.
 
-    A cut-off run so keeps what it had. A row that is measured again takes the place of the old one, and says which
-    session it comes from. With `again`, rows of a second run do not replace the first's: they add how far they differ.
+    So a run that is cut off keeps its rows. A row that is measured again replaces the old one; each names its session.
+    With `again`, the rows of a second run replace nothing: the first run's rows get the second median beside theirs.
     """
 
     def __init__(self, path: Path, *, again: bool = False):
@@ -22,7 +22,7 @@ class Record:
             self.data = json.loads(path.read_text())
 
     def open_session(self, machine: dict[str, Any]) -> dict[str, Any]:
-        """Add a session; what is put into the returned dict is written with the next row."""
+        """Add a session. The caller may add to the returned dict; it is written with the next row."""
         session = {**machine, "ceilings": {}, "again": self.again}
         self.data["sessions"].append(session)
         return session
@@ -52,13 +52,13 @@ def key_of(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def repeat(first: dict[str, Any], second: dict[str, Any], session: int) -> dict[str, Any]:
-    """The second run's median of a row, and how far apart the two are, of the smaller."""
+    """The second run's median of a row, and how far the two differ, relative to the smaller."""
     a, b = first["seconds"]["median"], second["seconds"]["median"]
     return {"median": b, "differs": max(a, b) / min(a, b) - 1, "session": session}
 
 
 def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
-    """At most `max_lines` lines: the rows farthest from their ceiling first, then what has no figure, and why."""
+    """At most `max_lines` lines: rows farthest from their ceiling first, then rows without a figure and why."""
     timed = sorted((r for r in rows if "seconds" in r), key=lambda r: r.get("share", float("inf")))
     lines = [f"{'row':48s} {'provider':>15s} {'median':>10s} {'p10':>10s} {'p90':>10s} {'of ceiling':>10s}  note"]
     lines += [_timed_line(row) for row in timed]
@@ -70,7 +70,7 @@ def table(rows: list[dict[str, Any]], max_lines: int = MAX_LINES) -> list[str]:
 
 
 def left_out(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows without a figure, by op and reason; a case is named alone where that goes for all its providers."""
+    """Rows without a figure, grouped by op and reason. Providers are named unless the whole case has no figure."""
     providers: dict[tuple[str, str], set[str]] = {}
     groups: dict[tuple[str, str], dict[str, set[str]]] = {}
     for row in rows:

@@ -1,8 +1,8 @@
-"""How time is taken. Variants of one case are sampled in turn, so that whatever the machine does meanwhile hits all.
+"""How time is taken. The variants of a case are sampled in turn, so a disturbance of the machine hits them all.
 
-CPU: wall time; a sample is as many calls as fill two milliseconds. CUDA: the calls of a sample lie in one captured
-graph and work on buffers that rotate past three times the L2; events around its replay give GPU time without launch
-overhead, which is told apart. A whole step, optimizer and all, is not captured: events lie around eager calls.
+CPU: wall time; a sample is as many calls as fill two milliseconds. CUDA: the calls of a sample are one captured graph.
+They work on buffers that rotate past three times the L2, and events around the replay give GPU time without launch
+overhead, which is reported apart. A whole step with its optimizer is not captured: events surround eager calls.
 """
 import gc
 import math
@@ -17,7 +17,8 @@ import torch
 Call = Callable[[], Any]
 SAMPLE_S = 2e-3  # the least a CPU sample lasts: ten thousand times the clock's own cost
 GRAPH_S = 2e-4  # the least a captured graph lasts: 400 times the resolution of an event
-WARM_S, LONG_S = 0.05, 1.0  # a CPU call is warm after two, and so much time; one that takes so long, after one
+# A CPU call is warm after two calls that took WARM_S in all, or after one call of LONG_S.
+WARM_S, LONG_S = 0.05, 1.0
 MAX_BUFFERS = 64
 
 
@@ -55,9 +56,9 @@ def interleave(
     min_rounds: int = 5,
     max_rounds: int = 100,
 ) -> dict[str, Timing]:
-    """Sample every variant once a round, each round beginning with another one, for about `seconds` a variant.
+    """Sample every variant once a round, for about `seconds` a variant. Each round begins with another variant.
 
-    `before` holds what is called before the samples of a variant, untimed.
+    `before` maps a variant to a call that comes before each of its samples, untimed.
     """
     timings = {name: Timing(sampler.clock, sampler.launch_s) for name, sampler in samplers.items()}
     names, end = list(samplers), time.perf_counter() + seconds * len(samplers)
@@ -87,9 +88,9 @@ def build_sampler(
     nbytes: int = 0,
     graph: bool = True,
 ) -> Sampler:
-    """A warmed-up sampler of what `make` returns. Each `make()` has buffers of its own, `first` are those of the first.
+    """A sampler of the call that `make` returns, warmed up. `first`: what an earlier `make()` returned, if any.
 
-    `nbytes` that a call touches decide how many sets of buffers rotate on CUDA.
+    Each `make()` allocates its own buffers. `nbytes`, what a call touches, decides how many sets rotate on CUDA.
     """
     first = make() if first is None else first
     if device.type != "cuda":
@@ -156,7 +157,7 @@ class GraphSampler:
 
     def __init__(self, calls: list[Call], device: torch.device):
         torch.cuda.synchronize(device)
-        side = torch.cuda.Stream(device)  # capture wants its warm-up on another stream than the default one
+        side = torch.cuda.Stream(device)  # a capture must be warmed up on a stream that is not the default one
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for call in calls:

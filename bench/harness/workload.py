@@ -1,4 +1,4 @@
-"""What is measured: the models, and for each its weights and one batch of images and masks that all providers get."""
+"""What is measured: the models, and for each the weights and the one batch that all providers get."""
 import copy
 import io
 from pathlib import Path
@@ -22,7 +22,7 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 
 
 class Model(NamedTuple):
-    """A recipe of the paper at 224 px; the batch is also the group within which contexts are truncated."""
+    """A recipe of the paper at 224 px. Contexts are truncated within the whole batch."""
 
     encoder: str
     patch_size: int
@@ -56,7 +56,7 @@ MODELS = {
 
 
 def draw_masks(grid: int, batch: int, collate: str, steps: int = 16) -> Masks:
-    """Of the first `steps` steps' masks from the real sampler, those with the median number of tokens; on the CPU."""
+    """The step with the median number of tokens among the first `steps` of the real sampler; on the CPU."""
     sampler = MultiBlockMasks(MaskConfig(collate=collate, group=batch), grid, seed=0, global_batch=batch)
     drawn = [sampler.sample(step, 0, batch) for step in range(steps)]
     drawn.sort(key=lambda masks: len(masks.context.indices) + len(masks.target.indices))
@@ -68,7 +68,7 @@ def masks_to(masks: Masks, device: torch.device) -> Masks:
 
 
 def rectangular(packed: Packed, batch: int) -> list[Tensor]:
-    """Truncated, image-major sequences as the released code's masks: int64 `[B, K]`, one tensor for each of an image's.
+    """Truncated, image-major sequences as the released code has them: a list of masks, each int64 `[B, K]`.
 
     Raises `ValueError` where lengths differ.
     """
@@ -117,7 +117,7 @@ class Setup:
         device: torch.device,
         released: Path | None = None,
         *,
-        compiled: bool = False,  # whether providers may compile: on a CPU that takes longer than the rest
+        compiled: bool = False,  # whether providers may compile; on a CPU that takes longer than all the rest
     ):
         self.model, self.device, self.released, self.compiled = model, device, released, compiled
         self.batch = model.batch(device)
@@ -154,7 +154,7 @@ class Setup:
         return encoder, predictor, target_encoder
 
     def share_moments(self, optimizer: torch.optim.AdamW, **modules: nn.Module) -> None:
-        """Give AdamW its state: moments that all providers share, as they share weights, and a counter of its own."""
+        """Give AdamW its state: moments that all providers share, like the weights, and its own step counter."""
         fused = optimizer.defaults["fused"]
         for role, module in modules.items():
             for name, p in module.named_parameters():

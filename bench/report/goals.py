@@ -1,4 +1,4 @@
-"""What the project set out to reach, held against a record. A goal whose row has no figure is said to be unmeasured."""
+"""The goals of the project, checked against a record. A goal whose row has no figure is "not measured"."""
 from dataclasses import dataclass
 from typing import Any
 

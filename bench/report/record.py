@@ -1,8 +1,8 @@
-"""Runs the benchmark suites and keeps what they measure: `python bench/record.py --out FOLDER --part all`.
+"""Runs the benchmark suites and records what they measure: `python bench/record.py --out FOLDER --part all`.
 
-Every part is a process of its own (a fault on a GPU ends one part, not the record) and gets nine minutes: a case that
-has not begun by then is recorded as not run. Rows are written one by one into FOLDER/<device>/<date>-<commit>.json;
-running another part on the same day and commit adds to it. `--twice` runs each part once more, and every row then says
+Every part is a process of its own, so a fault on a GPU ends one part and not the record. It gets nine minutes; a case
+that has not begun by then is recorded as not run. Rows are written one by one to FOLDER/<device>/<date>-<commit>.json;
+another part on the same day and commit adds to that file. `--twice` runs each part once more, and every row then tells
 how far its second median is from its first. `python bench/report.py` makes RESULTS.md of what is in bench/results.
 """
 import argparse
@@ -26,7 +26,7 @@ PARTS = {
     "memory": ["memory"],
 }
 MINUTES = 9
-GRACE_S = 60  # of the nine minutes, left for the case at hand to end
+GRACE_S = 60  # of these, for the last case to end
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def run_part(part: str, path: Path, options: list[str]) -> bool:
 
 
 def run_tests(path: Path) -> bool:
-    """`pytest -m gpu`: a row a test that is not passed, and one with the counts."""
+    """`pytest -m gpu`: a row for each test that did not pass, and one with the counts."""
     record = Record(path)
     row = {"suite": "tests", "op": "gpu", "case": "", "provider": "ours"}
     if not torch.cuda.is_available():
@@ -93,7 +93,7 @@ def run_tests(path: Path) -> bool:
 
 
 def _pytest(*arguments: str) -> int | str:
-    """The exit code of a run in the repository; killed past its minutes, so that the next part still has its own."""
+    """The exit code of pytest, run in the repository and killed after MINUTES so that the next part still runs."""
     command = [sys.executable, "-m", "pytest", *arguments]
     try:
         return subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES).returncode

@@ -1,7 +1,7 @@
-"""Turns recorded JSON into bench/RESULTS.md and its pictures: `python bench/report.py [--results bench/results]`.
+"""Makes bench/RESULTS.md and its pictures of the records: `python bench/report.py [--results bench/results]`.
 
-For each device the newest record is shown, and beside it what changed against the one before. Nothing in RESULTS.md is
-written by hand.
+For each device it shows the newest record, and what changed since the one before. Nothing in RESULTS.md is written by
+hand.
 """
 import argparse
 import json
@@ -14,9 +14,9 @@ from bench.report import pictures
 from bench.report.goals import goal_lines
 
 ROOT = Path(__file__).resolve().parents[2]
-CHANGED = 0.05  # a median that moves by less is the machine's mood
-BUSY = 0.8  # load average that other work makes
-SHORT_S = 1e-4  # so does one of rows shorter than this, whatever it does
+CHANGED = 0.05  # medians that differ by less count as equal: machines wander that much
+SHORT_S = 1e-4  # medians below this are too noisy to compare at all
+BUSY = 0.8  # a load average above this, on an idle machine, comes from other work
 SUITES = {
     "step": "Whole step",
     "memory": "Peak memory of a step",
@@ -77,7 +77,7 @@ def device_section(
 ) -> list[str]:
     machine, rows = record["sessions"][-1], record["rows"]
     loads = [session["load"][0] for session in record["sessions"]]
-    # Later parts begin with the load that the earlier ones left.
+    # Later parts begin with the load average that earlier parts caused.
     busy = machine["type"] == "cpu" and (loads[0] > BUSY or max(loads) > machine["threads"] + BUSY)
     lines = [
         "",
