@@ -1,20 +1,32 @@
 """bench/report.py: recorded JSON becomes RESULTS.md and its pictures, and says no more than the JSON does."""
+import importlib
+import itertools
 import json
-import re
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from bench.report import pictures
 from bench.report.goals import GOALS
 from bench.report.report import ROOT, report
 
 MACHINE = {
-    "device": "Some(R) Processor, 2 cores", "type": "cpu", "threads": 2, "load": [0.1, 0.1, 0.1], "python": "3.11.1",
-    "torch": "2.13.0", "triton": "3.7.1", "numpy": "2.3.5", "commit": "abc", "date": "2026-11-21T10:00:00+00:00",
+    "device": "Some(R) Processor, 2 cores",
+    "type": "cpu",
+    "threads": 2,
+    "load": [0.1, 0.1, 0.1],
+    "python": "3.11.1",
+    "torch": "2.13.0",
+    "triton": "3.7.1",
+    "numpy": "2.3.5",
+    "commit": "abc",
+    "date": "2026-11-21T10:00:00+00:00",
     "ceilings": {"copy": 1e10, "matmul float32 8x16 mlp 64": 2e11},
-}  # fmt: skip
+}
 PARTS = {"target": 0.2, "context": 0.2, "predictor": 0.2, "backward": 0.3, "optimizer+EMA": 0.1}
 
 
@@ -56,6 +68,12 @@ def results(tmp_path):
     return tmp_path / "results"
 
 
+@pytest.fixture
+def undrawn(monkeypatch):
+    """For what is about the text alone: drawing takes most of a report's time."""
+    monkeypatch.setattr(pictures, "draw", lambda *_: {})
+
+
 def test_the_report_says_what_the_record_says(results, tmp_path):
     text = report(results, tmp_path)
     assert "No GPU record yet" in text
@@ -68,18 +86,26 @@ def test_the_report_says_what_the_record_says(results, tmp_path):
     assert "- step: GPU only: H14-truncate" in text
     assert "- loss: gate red: it is wrong: B16" in text
     assert "first record of this device" in text
-    for picture in ("roofline", "step", "images"):
+    drawn = {path.stem: path.read_bytes() for path in results.rglob("*.png")}
+    assert drawn.keys() == {"roofline", "step", "images"}
+    for picture, content in drawn.items():
         assert f"![{picture}](results/some-processor/{picture}.png)" in text
-        assert (results / "some-processor" / f"{picture}.png").stat().st_size > 5000
+        assert len(content) > 5000
+    assert report(results, tmp_path) == text
+    assert {path.stem: path.read_bytes() for path in results.rglob("*.png")} == drawn
 
 
-def test_the_same_record_gives_the_same_report_and_pictures(results, tmp_path):
-    first = report(results, tmp_path)
-    pictures = {path: path.read_bytes() for path in results.rglob("*.png")}
-    assert report(results, tmp_path) == first
-    assert {path: path.read_bytes() for path in results.rglob("*.png")} == pictures
+def test_the_command_makes_the_committed_results_of_the_committed_records(tmp_path):
+    """From any folder, without the package on the path."""
+    shutil.copytree(ROOT / "bench" / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
+    out = tmp_path / "RESULTS.md"
+    command = [sys.executable, ROOT / "bench" / "report.py", "--results", tmp_path / "results", "--out", out]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+    assert out.read_text() == (ROOT / "bench" / "RESULTS.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_changes_are_against_the_record_before(results, tmp_path):
     later = "2026-11-22T10:00:00+00:00"
     write(results / "some-processor", "0-later.json", rows(scale=0.8), commit="def", date=later)
@@ -89,6 +115,7 @@ def test_changes_are_against_the_record_before(results, tmp_path):
     assert "ema B16 ours |" not in text.partition("Against the record")[2], "a row that did not move is listed"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_rows_that_two_runs_disagree_on_are_named(results, tmp_path):
     some = rows()
     for one, differs in zip(some, (0.08, 0.01), strict=False):
@@ -99,6 +126,7 @@ def test_rows_that_two_runs_disagree_on_are_named(results, tmp_path):
     assert "- step S16-truncate ours: 1 s, then 1.08 s" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_goals_are_met_missed_or_unmeasured(results, tmp_path):
     text = report(results, tmp_path)
     assert "| S/16 step, times as fast as straight | at least 1.25 | 1.25 | yes |" in text
@@ -112,15 +140,26 @@ def test_goals_are_met_missed_or_unmeasured(results, tmp_path):
     assert "| order and boxes, us an image | at most 20 | 21 | **no** |" in text
 
 
+def items(suite):
+    """(op, parameters) of every item of a suite, without a run of pytest: its ids are names and `pytest.param` ids."""
+    module = importlib.import_module(f"bench.{suite.stem}")
+    marks = getattr(module, "pytestmark", [])
+    for name, function in vars(module).items():
+        if name.startswith("test_bench_"):
+            own = [*(marks if isinstance(marks, list) else [marks]), *getattr(function, "pytestmark", [])]
+            axes = [list(mark.args[1]) for mark in own if mark.name == "parametrize"]
+            for values in itertools.product(*axes):
+                ids = [getattr(value, "id", None) or getattr(value, "values", [value])[0] for value in values]
+                yield name.removeprefix("test_bench_"), frozenset("-".join(ids).split("-"))
+
+
 def test_every_goal_asks_for_a_row_that_the_suites_have():
     """A renamed case would leave its goal unmeasured for ever."""
-    command = [sys.executable, "-m", "pytest", "bench", "--collect-only", "-q"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    items = {(op, frozenset(params.split("-"))) for op, params in re.findall(r"::test_bench_(\w+)\[(.+)\]", listed)}
+    there = {item for suite in (ROOT / "bench").glob("test_bench_*.py") for item in items(suite)}
     for goal in GOALS:
         op, case, provider = goal.row
         case = frozenset(case.split("-"))
-        assert {(op, case | {provider}), (op, case)} & items, goal.what
+        assert {(op, case | {provider}), (op, case)} & there, goal.what
 
 
 def test_without_a_record_it_says_so(tmp_path):
@@ -129,12 +168,14 @@ def test_without_a_record_it_says_so(tmp_path):
     assert "No GPU record yet" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_busy_machine_is_owned_up_to(results, tmp_path):
     assert "busy" not in report(results, tmp_path)
     write(results / "some-processor", "first.json", rows(), load=[4.0, 4.0, 4.0])
     assert "**The machine was busy with other work**" in report(results, tmp_path)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_gpu_record_ends_the_excuse(results, tmp_path):
     write(results / "gpu", "first.json", rows(), device="GPU", type="cuda", clocks={"clocks.sm": "1980 MHz"})
     text = report(results, tmp_path)
