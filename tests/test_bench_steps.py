@@ -1,6 +1,5 @@
 """The step benchmark's providers, its gate, and how it counts memory, on a model small enough for a test."""
 import copy
-import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +19,24 @@ CPU = torch.device("cpu")
 TINY = Model("vit_tiny", 16, 1, gpu_batch=2, cpu_batch=2)
 
 
-@pytest.fixture(autouse=True)
-def _shallow(monkeypatch):
-    monkeypatch.setitem(SIZES, "vit_tiny", SIZES["vit_tiny"]._replace(depth=2))
+@pytest.fixture(scope="module", autouse=True)
+def _shallow():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SIZES, "vit_tiny", SIZES["vit_tiny"]._replace(depth=2))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """A batch and weights that no provider moves, and their gate."""
+    setup = Setup(TINY, "truncate", CPU)
+    return setup, Gate(setup)
 
 
 @pytest.mark.parametrize("name", ["ours", "straight", "tuned"])
-def test_the_gate_passes_every_provider(name):
-    setup = Setup(TINY, "truncate", CPU)
-    Gate(setup)(PROVIDERS[name](setup))
+def test_the_gate_passes_every_provider(shared, name):
+    setup, gate = shared
+    gate(PROVIDERS[name](setup))
 
 
 def test_the_gate_takes_ragged_masks_image_by_image():
@@ -41,19 +49,21 @@ def test_the_gate_takes_ragged_masks_image_by_image():
 
 
 @pytest.mark.parametrize("wrong", ["weights", "pixels", "gradient"])
-def test_the_gate_refuses(wrong):
-    setup = Setup(TINY, "truncate", CPU)
+def test_the_gate_refuses(shared, wrong, monkeypatch):
+    setup, gate = shared
     ours = Ours(setup)
-    if wrong == "weights":
-        ours.encoder = copy.deepcopy(ours.encoder)
-        ours.encoder.blocks[1].mlp.fc2.weight.data.mul_(1.01)
-    elif wrong == "pixels":
-        setup.images = setup.images.clone()
-        setup.images[0, :64, :64] = 0
+    if wrong == "pixels":
+        images = setup.images.clone()
+        images[0, :64, :64] = 0
+        monkeypatch.setattr(setup, "images", images)
     else:
+        ours.encoder, ours.predictor = copy.deepcopy((setup.encoder, setup.predictor))
+    if wrong == "weights":
+        ours.encoder.blocks[1].mlp.fc2.weight.data.mul_(1.01)
+    elif wrong == "gradient":
         ours.predictor.predictor_norm.weight.register_hook(lambda gradient: 1.1 * gradient)
     with pytest.raises(AssertionError, match="off by"):
-        Gate(setup)(ours)
+        gate(ours)
 
 
 def test_one_step_of_every_provider_leaves_the_same_weights(monkeypatch):
@@ -85,9 +95,9 @@ def test_every_provider_steps_and_the_next_one_passes_the_same_gate(monkeypatch)
     assert all(rows[name]["peak_bytes"] > rows[name]["persistent_bytes"] > 0 for name in ("ours", "tuned", "straight"))
 
 
-def test_a_provider_is_timed_under_its_own_setting_of_the_allocator(monkeypatch):
+def test_a_provider_is_timed_under_its_own_setting_of_the_allocator(shared, monkeypatch):
     monkeypatch.setattr(heap, "_now", None)
-    setup = Setup(TINY, "truncate", CPU)
+    setup, _ = shared
     ours, straight = Ours(setup), Straight(setup)
     for provider, setting in ((ours, "kept"), (straight, "returned"), (straight, "returned"), (ours, "kept")):
         provider.before_step()
@@ -95,9 +105,9 @@ def test_a_provider_is_timed_under_its_own_setting_of_the_allocator(monkeypatch)
         assert not provider.marks.steps, "the untimed step would count"
 
 
-def test_marks_cut_the_step_into_its_parts():
-    straight = Straight(Setup(TINY, "truncate", CPU))
-    for _ in range(3):
+def test_marks_cut_the_step_into_its_parts(shared):
+    straight = Straight(shared[0])
+    for _ in range(2):
         straight.step()
     assert [part for part, _ in straight.marks.steps[-1]] == ["start", *PARTS]
     straight.marks.steps[:] = [[("start", 0.0), ("target", 1.0), ("context", 3.0)], [("start", 5.0), ("target", 8.0)]]
@@ -118,11 +128,13 @@ def test_weights_are_shared_and_state_is_counted_once():
     assert ours.persistent_bytes() == 4 * (3 * trained + frozen + steps) + batch
 
 
-def test_the_released_code_runs_from_a_checkout_only(tmp_path):
+def test_the_released_code_runs_from_a_checkout_only(shared, monkeypatch, tmp_path):
+    setup, _ = shared
     with pytest.raises(NotRun, match="needs --released"):
-        PROVIDERS["released"](Setup(TINY, "truncate", CPU))
+        PROVIDERS["released"](setup)
+    monkeypatch.setattr(setup, "released", tmp_path)
     with pytest.raises(NotRun, match="no checkout"):
-        PROVIDERS["released"](Setup(TINY, "truncate", CPU, tmp_path))
+        PROVIDERS["released"](setup)
 
 
 def test_peak_of_a_call_is_the_most_it_holds_at_once():
@@ -164,5 +176,7 @@ def test_every_recipe_has_its_sizes():
     for name, model in MODELS.items():
         assert model.predictor_size.dim % model.size.num_heads == 0, name
         assert 224 % model.patch_size == 0
-    tokens = [Setup(TINY, collate, CPU).tokens() for collate in ("truncate", "ragged")]
-    assert all(a < b for a, b in itertools.pairwise(tokens))
+
+
+def test_a_ragged_batch_has_more_tokens(shared):
+    assert shared[0].tokens() < Setup(TINY, "ragged", CPU).tokens()
