@@ -150,7 +150,7 @@ def items(suite):
             axes = [list(mark.args[1]) for mark in own if mark.name == "parametrize"]
             for values in itertools.product(*axes):
                 ids = [getattr(value, "id", None) or getattr(value, "values", [value])[0] for value in values]
-                yield name.removeprefix("test_bench_"), frozenset("-".join(ids).split("-"))
+                yield name.removeprefix("test_bench_"), frozenset("-".join(map(str, ids)).split("-"))
 
 
 def test_every_goal_asks_for_a_row_that_the_suites_have():
