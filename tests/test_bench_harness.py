@@ -198,6 +198,7 @@ def test_bench_sum(bench, size, provider):
 """
 
 
+@pytest.mark.long
 def test_every_item_leaves_a_row(tmp_path):
     suite, out = tmp_path / "test_bench_demo.py", tmp_path / "record.json"
     suite.write_text(SUITE)

@@ -95,6 +95,7 @@ def test_the_report_says_what_the_record_says(results, tmp_path):
     assert {path.stem: path.read_bytes() for path in results.rglob("*.png")} == drawn
 
 
+@pytest.mark.long
 def test_the_command_makes_the_committed_results_of_the_committed_records(tmp_path):
     """From any folder, without the package on the path."""
     shutil.copytree(ROOT / "bench" / "results", tmp_path / "results", ignore=shutil.ignore_patterns("*.png"))
