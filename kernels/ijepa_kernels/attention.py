@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 
 from . import attention_backends, attention_torch, attention_triton
 from .attention_backends import explain_backends
+from .checks import can_read, check_int, check_tensor, describe, is_number
 from .dispatch import outside_dispatch, register
-from .packed import can_read, check_tensor, check_whole, describe, is_number
 
 __all__ = ["explain_backends", "varlen_attention", "varlen_attention_ref"]
 
@@ -184,7 +184,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     check_tensor("cu_seqlens", cu_seqlens, "S+1", (torch.int32,), q.device)
     if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens: want one entry more than there are sequences, got none")
-    check_whole("max_seqlen", max_seqlen)
+    check_int("max_seqlen", max_seqlen)
     if max_seqlen < 1:
         raise ValueError(f"max_seqlen: want an upper bound of the lengths, at least 1, got {max_seqlen}")
     if scale is not None and not (is_number(scale) and scale > 0):

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import FLOATS, describe, is_number
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import FLOATS, describe, is_number
 from .shipped import Shipped
 
 CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .checks import check_tensor, describe, is_number
 from .dispatch import outside_dispatch, register, tl, triton, use_triton
-from .packed import Packed, check_packed, check_tensor, describe, is_number
+from .packed import Packed, check_packed
 from .shipped import Shipped
 
 KINDS = ("smooth_l1", "l2")

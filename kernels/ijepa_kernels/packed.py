@@ -1,16 +1,18 @@
-"""`Packed`: which patches of which images a set of sequences looks at; and the checks of arguments that all ops share.
+"""`Packed`: which patches of which images a set of sequences looks at.
 
 I-JEPA never shows a whole image to the context encoder, and every image keeps another number of patches. Instead of
 padding, the sequences lie one behind the other in one `[T, ...]` tensor, and a `Packed` says where each begins
 (`cu_seqlens`, as in FlashAttention), which patch a row is and which image it comes from.
 """
-import numbers
-import os
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .checks import can_read, check_int, check_masks, check_range, check_tensor, describe
 
 _ALIGN = 16  # int32 elements, 64 bytes: Triton compiles another variant of a kernel for pointers off 16 bytes
 
@@ -31,14 +33,14 @@ class Packed(NamedTuple):
     max_seqlen: int
 
     @classmethod
-    def from_masks(cls, masks: Sequence[Tensor], max_seqlen: int) -> "Packed":
+    def from_masks(cls, masks: Sequence[Tensor], max_seqlen: int) -> Packed:
         """From index masks as I-JEPA's collator makes them: M integer tensors `[B, K]`, K may differ between them.
 
         Sequences are mask-major (mask 0 of every image, then mask 1, ...), the row order of `torch.cat` over
         `torch.gather(x, 1, mask)`.
         """
         check_masks(masks)
-        check_whole("max_seqlen", max_seqlen)
+        check_int("max_seqlen", max_seqlen)
         longest = max(m.shape[1] for m in masks)
         if longest > max_seqlen:
             raise ValueError(f"masks: want at most max_seqlen = {max_seqlen} columns, got {longest}")
@@ -52,13 +54,13 @@ class Packed(NamedTuple):
         return cls(indices, torch.cat(ends), image, max_seqlen)
 
     @classmethod
-    def dense(cls, batch: int, num_patches: int, device: torch.device | str | None = None) -> "Packed":
+    def dense(cls, batch: int, num_patches: int, device: torch.device | str | None = None) -> Packed:
         """Every patch of every image, one sequence an image."""
         indices = torch.arange(num_patches, dtype=torch.int32, device=device).repeat(batch)
         cu_seqlens = num_patches * torch.arange(batch + 1, dtype=torch.int32, device=device)
         return cls(indices, cu_seqlens, torch.arange(batch, dtype=torch.int32, device=device), num_patches)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packed":
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Packed:
         """The same on `device`, moved with one copy. `non_blocking` goes through pinned memory and does not wait."""
         device = torch.device(device)
         if device.type == self.indices.device.type and device.index in (None, self.indices.device.index):
@@ -82,59 +84,6 @@ class Packed(NamedTuple):
         return image * num_patches + self.indices
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def describe(value: object) -> str:
-    """What an argument is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    return repr(value) if isinstance(value, (int, float, str)) else type(value).__name__
-
-
-def check_tensor(
-    name: str,
-    x: Tensor,
-    shape: str,
-    dtypes: tuple[torch.dtype, ...] = FLOATS,
-    device: torch.device | None = None,
-) -> None:
-    """Raise `ValueError` unless `x` is as said; the digits in a shape like "B, 196, D" are fixed sizes."""
-    sizes = shape.split(", ")
-    fits = (
-        isinstance(x, Tensor)
-        and x.ndim == len(sizes)
-        and all(n == int(size) for n, size in zip(x.shape, sizes, strict=True) if size.isdigit())
-        and x.dtype in dtypes
-        and device in (None, x.device)
-    )
-    if not fits:
-        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        where = "" if device is None else f" on {device}"
-        raise ValueError(f"{name}: want a {wanted} [{shape}] tensor{where}, got {describe(x)}")
-
-
-def is_number(value: object) -> bool:
-    """A Python or NumPy number, or a compiler's symbol for one; no tensor."""
-    return isinstance(value, (int, float, torch.SymInt, torch.SymFloat, numbers.Real))
-
-
-def check_whole(name: str, value: object) -> None:
-    """Raise `ValueError` unless `value` is an integer."""
-    if not isinstance(value, (int, torch.SymInt, numbers.Integral)):
-        raise ValueError(f"{name}: want an int, got {describe(value)}")
-
-
-def check_masks(masks: Sequence[Tensor]) -> None:
-    """Raise `ValueError` unless `masks` is a non-empty list of integer `[B, K]` tensors of one B and device."""
-    if not isinstance(masks, (list, tuple)) or not masks:
-        raise ValueError(f"masks: want a non-empty list of integer [B, K] tensors, got {describe(masks)}")
-    for i, m in enumerate(masks):
-        check_tensor(f"masks[{i}]", m, "B, K", (torch.int64, torch.int32), None if i == 0 else masks[0].device)
-        if m.shape[0] != masks[0].shape[0]:
-            raise ValueError(f"masks[{i}]: want {masks[0].shape[0]} rows as masks[0] has, got {m.shape[0]}")
-
-
 def check_packed(
     packed: Packed, device: torch.device, num_patches: int, num_images: int | None = None, name: str = "packed"
 ) -> None:
@@ -146,7 +95,7 @@ def check_packed(
     if not isinstance(packed, (tuple, list)) or len(packed) != 4:
         raise ValueError(f"{name}: want a Packed(indices, cu_seqlens, image, max_seqlen), got {describe(packed)}")
     indices, cu_seqlens, image, max_seqlen = packed
-    check_whole(f"{name}.max_seqlen", max_seqlen)
+    check_int(f"{name}.max_seqlen", max_seqlen)
     check_tensor(f"{name}.indices", indices, "T", (torch.int32,), device)
     check_tensor(f"{name}.image", image, "S", (torch.int32,), device)
     check_tensor(f"{name}.cu_seqlens", cu_seqlens, "S+1", (torch.int32,), device)
@@ -169,21 +118,3 @@ def check_packed(
     check_range(f"{name}.indices", "patches", indices, num_patches - 1)
     if num_images is not None:
         check_range(f"{name}.image", "images", image, num_images - 1)
-
-
-def can_read(x: Tensor) -> bool:
-    """Whether to look at the values of an index tensor: there are any, and it costs nothing or was asked for.
-
-    A subclass (fake, functional) and a tensor under `torch.compile` have no values.
-    """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
-        return False
-    return x.device.type == "cpu" or os.environ.get("IJEPA_KERNELS_CHECK") == "1"
-
-
-def check_range(name: str, what: str, values: Tensor, high: int) -> None:
-    """Raise `ValueError` unless all values are in [0, high]."""
-    if values.numel():
-        smallest, largest = (bound.item() for bound in values.aminmax())
-        if smallest < 0 or largest > high:
-            raise ValueError(f"{name}: want {what} in [0, {high}], got {smallest} to {largest}")

@@ -21,8 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import FLOATS, check_int, check_tensor, describe, is_number
 from .dispatch import register, tl, triton, use_triton
-from .packed import FLOATS, Packed, check_packed, check_tensor, check_whole, describe, is_number
+from .packed import Packed, check_packed
 from .shipped import Shipped
 from .tokens import gather_tokens
 
@@ -387,7 +388,7 @@ def _check(
         raise ValueError("images: want a tensor that requires no gradient, these ops have none for it")
     if dtype not in FLOATS:
         raise ValueError(f"dtype: want float32, bfloat16 or float16, got {dtype}")
-    check_whole("patch_size", patch_size)
+    check_int("patch_size", patch_size)
     if patch_size < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"images: want sides divisible by patch_size = {patch_size}, got {height} x {width}")
     check_packed(packed, images.device, _num_patches(images, patch_size), images.shape[0])

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .checks import FLOATS, can_read, check_range, check_tensor, describe
 from .dispatch import register, tl, triton, use_triton
-from .packed import FLOATS, Packed, can_read, check_packed, check_range, check_tensor, describe
+from .packed import Packed, check_packed
 from .shipped import Shipped
 from .tokens import BLOCK_TOKENS, gather_tokens, tile_columns
 

@@ -20,8 +20,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .checks import check_masks, check_tensor
 from .dispatch import register, tl, triton, use_triton
-from .packed import Packed, check_masks, check_packed, check_tensor
+from .packed import Packed, check_packed
 from .shipped import Shipped
 
 BLOCK_TOKENS = 16
