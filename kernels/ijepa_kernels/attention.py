@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import attention_backends, attention_torch, attention_triton
 from .attention_backends import explain_backends
 from .checks import can_read, check_int, check_tensor, describe, is_number
-from .dispatch import outside_dispatch, register
+from .registration import is_plain_eager, register
 
 __all__ = ["explain_backends", "varlen_attention", "varlen_attention_ref"]
 
@@ -162,7 +162,7 @@ def varlen_attention(
         # Libraries differ on what they do with no token at all.
         return call(q, k, v, cu_seqlens, max_seqlen, scale) if q.shape[0] else q + k + v
     arguments = (q, k, v, cu_seqlens, max_seqlen, scale, backend)
-    if not outside_dispatch() or not type(q) is type(k) is type(v) is Tensor:
+    if not is_plain_eager() or not type(q) is type(k) is type(v) is Tensor:
         return _forward_op(*arguments)[0]
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _Eager.apply(*arguments)

@@ -23,13 +23,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .compat import flash_attention_cpu, flash_attention_cpu_backward, softmax_backward
+
 LONGEST_PRODUCT = 256  # tokens; above, the fused call is nearly as fast, without the memory that weights take
 LONGEST_PRODUCT_INFERENCE = 128
 SHORTEST_SINGLE = 48  # tokens of a sequence between others of another length; below, calls cost more than work
 GROUP_BYTES = 1_000_000  # of a group's weights
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 
 def _can_fuse(x: Tensor) -> bool:
@@ -115,7 +114,7 @@ def forward(
     with torch.autocast(q.device.type, enabled=False):  # the dtype is the caller's choice, and `out=` takes no other
         for run, (run_q, run_k, run_v, run_out) in _parts(runs, q, k, v, out):
             if run.fused:
-                result, lse = _flash(run_q, run_k, run_v, 0.0, False, attn_mask=None, scale=scale)
+                result, lse = flash_attention_cpu(run_q, run_k, run_v, 0.0, False, attn_mask=None, scale=scale)
                 run_out.copy_(result)
                 if keep:
                     kept.append(lse)
@@ -149,7 +148,9 @@ def backward(
         for run, (run_grad, *qkv, run_out, dq, dk, dv) in _parts(runs, grad, q, k, v, out, *grads):
             if run.fused:
                 lse = next(kept)
-                results = _flash_backward(run_grad, *qkv, run_out, lse, 0.0, False, attn_mask=None, scale=scale)
+                results = flash_attention_cpu_backward(
+                    run_grad, *qkv, run_out, lse, 0.0, False, attn_mask=None, scale=scale
+                )
                 for to, value in zip((dq, dk, dv), results, strict=True):
                     to.copy_(value)
             else:
@@ -157,7 +158,7 @@ def backward(
                 weights = _weights(run_q, run_k, scale) if save_memory else next(kept)
                 _multiply_into(dv, weights.transpose(1, 2), run_grad)
                 grad_weights = torch.bmm(run_grad, run_v.transpose(1, 2))
-                grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+                grad_logits = softmax_backward(grad_weights, weights)
                 _multiply_into(dq, grad_logits, run_k, scale)
                 _multiply_into(dk, grad_logits.transpose(1, 2), run_q, scale)
     return grads

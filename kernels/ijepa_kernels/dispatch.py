@@ -1,4 +1,4 @@
-"""Which code an op runs, and how an op is registered with PyTorch.
+"""Dispatch: whether an op runs its Triton kernel or its PyTorch form.
 
 `IJEPA_KERNELS` chooses the code, for debugging; the default needs no thought. It is read at every call:
 
@@ -7,16 +7,13 @@
     triton     Triton, and an error where it cannot run
     interpret  Triton's interpreter, on CPU tensors (tests; set it before the first import of triton)
 
-`IJEPA_KERNELS_CHECK=1` is `packed.check_packed`'s: it also checks the values of index tensors that live on a GPU, which
-makes the host wait for them. Those that live on the host are always checked.
+`IJEPA_KERNELS_CHECK=1` is read in `checks.can_read`.
 """
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 if os.environ.get("IJEPA_KERNELS") == "interpret" and "triton" not in sys.modules:
@@ -64,33 +61,3 @@ def use_triton(x: Tensor) -> bool:
         raise ValueError("IJEPA_KERNELS=interpret needs CPU tensors and must be set before the first import of triton, "
                          f"got tensors on {x.device}, TRITON_INTERPRET={os.environ.get('TRITON_INTERPRET')!r}")
     return True
-
-
-def outside_dispatch() -> bool:
-    """No compiler and no dispatch mode is looking: a body may be called bare, which spares its registration's cost."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-_library = torch.library.Library("ijepa", "DEF")
-
-
-def register(
-    schema: str,
-    body: Callable,
-    fake: Callable,
-    *,
-    setup_context: Callable | None = None,
-    backward: Callable | None = None,
-) -> torch._ops.OpOverload:
-    """Registers `ijepa::<schema>` and returns what to call.
-
-    One body serves every device and chooses its code with `use_triton`; it runs below autograd. torch.library.triton_op
-    would let the compiler see the launches, but it fails opcheck and compilation on a machine without a GPU.
-    """
-    name = schema.partition("(")[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, body, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ijepa::{name}", fake, lib=_library)
-    if backward is not None:
-        torch.library.register_autograd(f"ijepa::{name}", backward, setup_context=setup_context, lib=_library)
-    return getattr(torch.ops.ijepa, name).default

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, describe, is_number
-from .dispatch import outside_dispatch, register, tl, triton, use_triton
+from .compat import foreach_copy_, foreach_lerp_
+from .dispatch import tl, triton, use_triton
+from .registration import is_plain_eager, register
 from .shipped import Shipped
 
 CHUNK, NUM_WARPS = 4096, 8  # elements a program; 16-byte loads, four a thread and list in fp32. Not measured yet
@@ -42,9 +44,9 @@ def _update_torch(target, source, low_precision, weight) -> None:
     if isinstance(weight, Tensor) or any(x.dtype != torch.float32 for x in (*target, *source)):
         ema_update_ref(target, source, weight, low_precision)
         return
-    torch._foreach_lerp_(target, source, weight)  # refuses mixed dtypes, and a tensor as its weight
+    foreach_lerp_(target, source, weight)
     if low_precision:
-        torch._foreach_copy_(low_precision, target)
+        foreach_copy_(low_precision, target)
 
 
 @triton.jit
@@ -278,5 +280,5 @@ def ema_update_(
     if device_momentum is None and not (is_number(momentum) and 0 <= momentum <= 1):
         raise ValueError(f"momentum: want a number in [0, 1], got {describe(momentum)}")
     if target:
-        update = _update if outside_dispatch() else _update_op
+        update = _update if is_plain_eager() else _update_op
         update(target, source, low_precision, float(momentum), device_momentum)  # Triton specialises an int of 0 or 1

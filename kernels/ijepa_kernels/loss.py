@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .checks import check_tensor, describe, is_number
-from .dispatch import outside_dispatch, register, tl, triton, use_triton
+from .compat import mse_loss_backward_, smooth_l1_loss_backward_
+from .dispatch import tl, triton, use_triton
 from .packed import Packed, check_packed
+from .registration import is_plain_eager, register
 from .shipped import Shipped
 
 KINDS = ("smooth_l1", "l2")
-SUM = 2  # the reduction's number in ATen
 # D rounded up to a power of two -> rows a program, warps: 32 elements a thread, so that many loads are in flight.
 # Not measured yet. A row is held in registers; wider ones run as plain PyTorch.
 TILES = {256: (8, 2), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8), 16384: (1, 16)}
@@ -85,11 +86,11 @@ def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator
         return loss * scale, pred.new_empty(0)
     # into the rows' own memory: half the time of a new tensor, which ATen also fills with zeros first
     if kind == "l2":
-        torch.ops.aten.mse_loss_backward.grad_input(upstream, pred32, rows, SUM, grad_input=rows)
+        mse_loss_backward_(upstream, pred32, rows)
     elif beta == 0:
         torch.sub(pred32, rows, out=rows).sign_().mul_(scale)
     else:
-        torch.ops.aten.smooth_l1_loss_backward.grad_input(upstream, pred32, rows, SUM, beta, grad_input=rows)
+        smooth_l1_loss_backward_(upstream, pred32, rows, beta)
     return loss * scale, rows.to(_gradient_dtype(pred))
 
 
@@ -315,7 +316,7 @@ def _backward(ctx, grad_loss, _grad_gradient):
     if grad_loss is None:
         return None, *nothing
     gradient, *tensors = ctx.saved_tensors
-    if not outside_dispatch():
+    if not is_plain_eager():
         return (gradient * grad_loss).to(tensors[0].dtype), *nothing  # fused by a compiler, which may see no mutation
     if ctx.used:  # a retained graph: the first backward scaled the buffer and gave it away
         gradient = _forward(*tensors, *ctx.arguments)[1]

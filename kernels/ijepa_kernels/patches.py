@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FLOATS, check_int, check_tensor, describe, is_number
-from .dispatch import register, tl, triton, use_triton
+from .dispatch import tl, triton, use_triton
 from .packed import Packed, check_packed
+from .registration import register
 from .shipped import Shipped
 from .tokens import gather_tokens
 

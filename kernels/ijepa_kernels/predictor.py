@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import FLOATS, can_read, check_range, check_tensor, describe
-from .dispatch import register, tl, triton, use_triton
+from .dispatch import tl, triton, use_triton
 from .packed import Packed, check_packed
+from .registration import register
 from .shipped import Shipped
 from .tokens import BLOCK_TOKENS, gather_tokens, tile_columns
 

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from .checks import check_masks, check_tensor
-from .dispatch import register, tl, triton, use_triton
+from .dispatch import tl, triton, use_triton
 from .packed import Packed, check_packed
+from .registration import register
 from .shipped import Shipped
 
 BLOCK_TOKENS = 16

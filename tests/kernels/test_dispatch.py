@@ -1,11 +1,13 @@
 """IJEPA_KERNELS: what it chooses at each call and, in processes of their own, what it does at import."""
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from ijepa_kernels import dispatch
+from ijepa_kernels import compat, dispatch, registration
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 STEP = """
@@ -68,13 +70,38 @@ def test_modes_that_cannot_run_say_so(monkeypatch, mode, interpreted, says):
         dispatch.use_triton(torch.zeros(1))
 
 
-def test_outside_dispatch_sees_modes_and_compilers():
-    assert dispatch.outside_dispatch()
+def test_plain_eager_sees_modes_and_compilers():
+    assert registration.is_plain_eager()
     with FakeTensorMode():
-        assert not dispatch.outside_dispatch()
+        assert not registration.is_plain_eager()
     torch._dynamo.reset()
-    compiled = torch.compile(lambda x: x + 1 if dispatch.outside_dispatch() else x + 2, backend="eager", fullgraph=True)
-    assert compiled(torch.zeros(1)).item() == 2
+    step = torch.compile(lambda: torch.tensor(registration.is_plain_eager()), backend="eager", fullgraph=True)
+    assert not step()
+
+
+def test_private_names_of_pytorch_stand_in_compat():
+    package = Path(dispatch.__file__).parent
+    found = {file.name for file in package.glob("*.py") if re.search(r"\btorch\.(_|ops\.aten)", file.read_text())}
+    assert found == {"compat.py"}
+
+
+def test_what_compat_says_to_do_when_a_function_moves_computes_the_same():
+    pred, target, grad = torch.randn(3, 50, 7, generator=torch.Generator().manual_seed(0))
+    upstream, softmax = torch.tensor(0.3), pred.softmax(-1)
+    pairs = [(compat.softmax_backward(grad, softmax), softmax * (grad - (softmax * grad).sum(-1, keepdim=True)))]
+    for private, fallback in (
+        (compat.mse_loss_backward_, lambda out: torch.sub(pred, out, out=out).mul_(2 * upstream)),
+        (
+            lambda *x: compat.smooth_l1_loss_backward_(*x, 0.7),
+            lambda out: torch.sub(pred, out, out=out).div_(0.7).clamp_(-1, 1).mul_(upstream),
+        ),
+    ):
+        a, b = target.clone(), target.clone()
+        private(upstream, pred, a)
+        fallback(b)
+        pairs.append((a, b))
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)  # a rounding or two of numbers of order 1
 
 
 def test_kernels_is_a_source_root_and_no_package():

@@ -1,0 +1,54 @@
+"""PyTorch's private functions that this package calls, all of them, and what to do when one moves.
+
+Nothing else in the package names anything private of PyTorch (a test asserts it), so whatever a new release of PyTorch
+moves is mended here. Names without an underscore that are as little documented stand here too.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# The number of active `__torch_dispatch__` modes: fake tensors, checkpoint policies, FLOP counters.
+# When it moves: torch/utils/_python_dispatch.py shows what replaced it. `lambda: 1` is always right, but sends
+# each eager call through its registration: 80 us more for a forward and backward.
+num_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+# Fused attention on a CPU that also returns the log-sum-exp, which `F.scaled_dot_product_attention` keeps to itself.
+#   (q, k, v, dropout_p, is_causal, *, attn_mask, scale) -> out, lse [batch, heads, length]
+#   (grad, q, k, v, out, lse, dropout_p, is_causal, *, attn_mask, scale) -> dq, dk, dv
+# All others are [batch, heads, length, head_dim].
+# When they move: aten/src/ATen/native/native_functions.yaml lists them under these names. Without them, set
+# `attention_torch._can_fuse` to return False: everything then goes through matrix products, slower for long sequences.
+flash_attention_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+# `torch.lerp_` and `copy_` over lists, in one call. The lerp refuses mixed dtypes, and a tensor as its weight.
+# When they move: `ema.ema_update_ref`, a loop, computes the same.
+foreach_lerp_ = torch._foreach_lerp_
+foreach_copy_ = torch._foreach_copy_
+
+_SUM = 2  # the reduction "sum" in ATen's numbering: at::Reduction in ATen/core/Reduction.h
+
+
+def softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
+    """The gradient of the logits, given that of `softmax`, over the last dimension.
+
+    When it moves: `softmax * (grad - (softmax * grad).sum(-1, keepdim=True))`, three passes instead of one.
+    """
+    return torch._softmax_backward_data(grad, softmax, -1, softmax.dtype)
+
+
+def mse_loss_backward_(upstream: Tensor, pred: Tensor, target: Tensor) -> None:
+    """Write `upstream * 2 * (pred - target)` over `target`.
+
+    When it moves: `torch.sub(pred, target, out=target).mul_(2 * upstream)`, a pass more.
+    """
+    torch.ops.aten.mse_loss_backward.grad_input(upstream, pred, target, _SUM, grad_input=target)
+
+
+def smooth_l1_loss_backward_(upstream: Tensor, pred: Tensor, target: Tensor, beta: float) -> None:
+    """Write `upstream * clamp((pred - target) / beta, -1, 1)` over `target`; beta > 0.
+
+    When it moves: `torch.sub(pred, target, out=target).div_(beta).clamp_(-1, 1).mul_(upstream)`, three passes more.
+    """
+    torch.ops.aten.smooth_l1_loss_backward.grad_input(upstream, pred, target, _SUM, beta, grad_input=target)
