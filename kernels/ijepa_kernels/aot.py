@@ -7,8 +7,8 @@
 A file that has kernels lists its configurations in a function `shipped() -> list[Shipped]`:
 
     def shipped():
-        signature = dict(x_ptr="*bf16", out_ptr="*bf16", num_rows="i32")
-        return [Shipped(_gather_kernel, signature, dict(DIM=dim, BLOCK=block), num_warps=warps) for dim, ... in TABLE]
+        types = dict(x_ptr="bf16", out_ptr="bf16")  # the other arguments are int32: see Shipped.signature
+        return [Shipped(_gather_kernel, types, dict(DIM=dim, BLOCK=block), num_warps=warps) for dim, ... in TABLE]
 """
 from __future__ import annotations
 
@@ -87,10 +87,8 @@ def compile_one(module: str, position: int, arch: int) -> Compiled:
 
     ship: Shipped = importlib.import_module(module).shipped()[position]
     names = ship.kernel.arg_names
-    left_out = set(names) - set(ship.signature) - set(ship.constexprs)
-    if left_out:
-        raise ValueError(f"{module}: shipped() leaves out {sorted(left_out)} of {ship.kernel.__name__}")
-    signature = {name: ship.signature.get(name, "constexpr") for name in names}
+    types = ship.signature
+    signature = {name: types.get(name, "constexpr") for name in names}
     aligned = [i for i, name in enumerate(names) if signature[name].startswith("*") or name in ship.divisible]
     source = ASTSource(
         ship.kernel,

@@ -449,22 +449,21 @@ def backward(
 def shipped() -> list[Shipped]:
     """Every head dim in bf16, whose code fp16 shares, and fp32."""
     rows = []
-    integers = dict.fromkeys(INTEGERS, "i32")
     for head_dim in HEAD_DIMS:
-        for dtype, name in ((torch.bfloat16, "*bf16"), (torch.float32, "*fp32")):
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             bits = torch.finfo(dtype).bits
-            inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), name) | {"cu_seqlens_ptr": "*i32"}
-            forward = inputs | {"out_ptr": name, "lse_ptr": "*fp32"} | integers | {"log2_scale": "fp32"}
-            backward = inputs | {"grad_ptr": name, "lse_ptr": "*fp32", "dot_ptr": "*fp32"} | integers
-            backward |= dict.fromkeys(("dq_ptr", "dk_ptr", "dv_ptr"), name) | {"log2_scale": "fp32", "scale": "fp32"}
-            for kernel, signature, table in (
+            inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), name) | {"lse_ptr": "fp32", "log2_scale": "fp32"}
+            forward = inputs | {"out_ptr": name}
+            backward = inputs | {"dot_ptr": "fp32", "scale": "fp32"}
+            backward |= dict.fromkeys(("grad_ptr", "dq_ptr", "dk_ptr", "dv_ptr"), name)
+            for kernel, types, table in (
                 (_attention_fwd_kernel, forward, FORWARD),
                 (_attention_bwd_kernel, backward, BACKWARD),
             ):
                 config = table[bits]
                 constants = _constants(head_dim, dtype, config) | {"UPCAST": False}
-                rows.append(Shipped(kernel, signature, constants, config.num_warps, config.num_stages, dot=True))
-            dot = {"out_ptr": name, "grad_ptr": name, "dot_ptr": "*fp32", "num_tokens": "i32", "heads": "i32"}
+                rows.append(Shipped(kernel, types, constants, config.num_warps, config.num_stages, dot=True))
+            dot = {"out_ptr": name, "grad_ptr": name, "dot_ptr": "fp32"}
             constants = {"HEAD_DIM": head_dim, "COLUMNS": _columns(head_dim), "BLOCK_R": BLOCK_ROWS}
             # It loads 16 bytes at once, but stores one number a row.
             rows.append(Shipped(_attention_dot_kernel, dot, constants, vector_bytes=4))

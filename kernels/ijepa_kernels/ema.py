@@ -93,20 +93,19 @@ def _ema_kernel(
 
 
 def shipped() -> list[Shipped]:
-    def one(target, source, low, momentum):
-        on_device = momentum is not None
-        return Shipped(
-            _ema_kernel,
-            dict(table_ptr="*i64", weight="fp32", momentum_ptr=f"*{momentum}") if on_device
-            else dict(table_ptr="*i64", weight="fp32"),
-            dict(TARGET=target, SOURCE=source, LOW=low, ON_DEVICE=on_device, CHUNK=CHUNK)
-            | ({} if on_device else dict(momentum_ptr=None)),
-            num_warps=NUM_WARPS,
-        )  # fmt: skip
-
+    """fp32 targets; momentum as a number or in either dtype on the device, a bf16 copy, a bf16 source."""
     fp32, bf16 = tl.float32, tl.bfloat16
-    return [one(fp32, fp32, None, None), one(fp32, fp32, None, "fp32"), one(fp32, fp32, None, "fp64"),
-            one(fp32, fp32, bf16, None), one(fp32, bf16, None, None)]  # fmt: skip
+    table = [(fp32, None, None), (fp32, None, "fp32"), (fp32, None, "fp64"), (fp32, bf16, None), (bf16, None, None)]
+    rows = []
+    for source, low, momentum in table:
+        types = {"table_ptr": "i64", "weight": "fp32"}
+        constexprs = dict(TARGET=fp32, SOURCE=source, LOW=low, ON_DEVICE=momentum is not None, CHUNK=CHUNK)
+        if momentum is None:
+            constexprs["momentum_ptr"] = None
+        else:
+            types["momentum_ptr"] = momentum
+        rows.append(Shipped(_ema_kernel, types, constexprs, NUM_WARPS))
+    return rows
 
 
 class _Plan(NamedTuple):

@@ -189,29 +189,19 @@ def shipped() -> list[Shipped]:
     table += [(dim, "fp32", "fp32", "smooth_l1", True) for dim in (384, 1280, 1408)]
     table += [(1280, "bf16", "fp32", "smooth_l1", True), (1280, "bf16", "bf16", "l2", True)]
     table += [(1280, "bf16", "bf16", "l1", True), (1280, "bf16", "bf16", "smooth_l1", False)]
-    configurations = []
+    rows = []
+    strides = ("stride_pred_row", "stride_target_image", "stride_target_patch")
+    floats = dict.fromkeys(("beta", "eps", "loss_scale", "gradient_scale"), "fp32")
     for dim, pred, target, kind, normalize in table:
         block = _block(dim)
-        rows, warps = TILES[block]
-        strides = ("stride_pred_row", "stride_target_image", "stride_target_patch")
-        signature = {
-            "pred_ptr": f"*{pred}",
-            "target_ptr": f"*{target}",
-            "indices_ptr": "*i32",
-            "cu_seqlens_ptr": "*i32",
-            "image_ptr": "*i32",
-            "gradient_ptr": f"*{pred}",
-            "partial_ptr": "*fp32",
-            **dict.fromkeys(("num_tokens", "num_sequences", "search_steps"), "i32"),
-            **dict.fromkeys(("beta", "eps", "loss_scale", "gradient_scale"), "fp32"),
-            **dict.fromkeys(strides, "i32"),
-        }
-        constexprs = dict(DIM=dim, BLOCK=block, ROWS=rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=True)
-        configurations.append(Shipped(_loss_fwd_kernel, signature, constexprs, warps, divisible=strides))
+        tile_rows, warps = TILES[block]
+        types = {"pred_ptr": pred, "target_ptr": target, "gradient_ptr": pred, "partial_ptr": "fp32"} | floats
+        constexprs = dict(DIM=dim, BLOCK=block, ROWS=tile_rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=True)
+        rows.append(Shipped(_loss_fwd_kernel, types, constexprs, warps, divisible=strides))
     for dtype in ("bf16", "fp32"):
-        signature = {"gradient_ptr": f"*{dtype}", "by_ptr": "*fp32", "numel": "i32"}
-        configurations.append(Shipped(_scale_kernel, signature, dict(BLOCK=SCALE_BLOCK), 8, divisible=("numel",)))
-    return configurations
+        types = {"gradient_ptr": dtype, "by_ptr": "fp32"}
+        rows.append(Shipped(_scale_kernel, types, dict(BLOCK=SCALE_BLOCK), 8, divisible=("numel",)))
+    return rows
 
 
 def _launch_forward(

@@ -145,24 +145,13 @@ def _gather_patches_kernel(
 
 def shipped() -> list[Shipped]:
     """RGB bytes as decoded, and normalised floats, for both patch sizes of the recipes."""
-    floats = [f"{name}{c}" for name in ("scale", "shift") for c in range(MAX_CHANNELS)]
+    floats = dict.fromkeys([f"{name}{c}" for name in ("scale", "shift") for c in range(MAX_CHANNELS)], "fp32")
     rows = []
     for patch in (14, 16):
-        for source, target in (("u8", "bf16"), ("u8", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")):
+        for source, out in (("u8", "bf16"), ("u8", "fp32"), ("fp32", "bf16"), ("fp32", "fp32")):
             interleaved = source == "u8"
-            one = "stride_channel" if interleaved else "stride_column"
-            other = "stride_column" if interleaved else "stride_channel"
-            signature = {
-                "images_ptr": f"*{source}",
-                "indices_ptr": "*i32",
-                "cu_seqlens_ptr": "*i32",
-                "image_ptr": "*i32",
-                "out_ptr": f"*{target}",
-                **dict.fromkeys(("blocks_per_sequence", "grid_width", "stride_image", "stride_row", other), "i32"),
-                **dict.fromkeys(floats, "fp32"),
-            }
             constexprs = {
-                one: 1,
+                "stride_channel" if interleaved else "stride_column": 1,
                 "CHANNELS": 3,
                 "PATCH": patch,
                 "WIDTH": _width(3 * patch * patch),
@@ -170,16 +159,16 @@ def shipped() -> list[Shipped]:
                 "BLOCK_T": BLOCK_TOKENS,
                 "BLOCK_K": BLOCK_COLUMNS,
             }
-            divisible = ("stride_image", "stride_row") + (() if interleaved else (other,))
+            divisible = ("stride_image", "stride_row") + (() if interleaved else ("stride_channel",))
             if interleaved:
-                reached, note = 4, "loads a byte at a time, for the channels are interleaved; 16-byte stores"
+                vector_bytes, note = 4, "loads a byte at a time, for the channels are interleaved; 16-byte stores"
             elif patch == 14:
-                reached, note = 8, "8-byte loads, for a row of a patch is 56 bytes; 16-byte stores"
+                vector_bytes, note = 8, "8-byte loads, for a row of a patch is 56 bytes; 16-byte stores"
             else:
-                reached, note = 16, ""
-            rows.append(
-                Shipped(_gather_patches_kernel, signature, constexprs, 4, 3, divisible, reached, note=note)
-            )
+                vector_bytes, note = 16, ""
+            types = {"images_ptr": source, "out_ptr": out} | floats
+            options = {"divisible": divisible, "vector_bytes": vector_bytes, "note": note}
+            rows.append(Shipped(_gather_patches_kernel, types, constexprs, **options))
     return rows
 
 

@@ -181,39 +181,13 @@ def shipped() -> list[Shipped]:
     for dim in (192, 384):
         tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": tile_columns(dim)}
         for dtype in ("bf16", "fp32"):
-            forward = {
-                "context_ptr": f"*{dtype}",
-                "mask_token_ptr": "*fp32",
-                "pos_embed_ptr": "*fp32",
-                "context_indices_ptr": "*i32",
-                "context_cu_seqlens_ptr": "*i32",
-                "target_indices_ptr": "*i32",
-                "target_cu_seqlens_ptr": "*i32",
-                "context_of_ptr": "*i32",
-                "cu_seqlens_ptr": "*i32",
-                "tokens_ptr": f"*{dtype}",
-                "mask_rows_ptr": "*i64",
-                "blocks_per_sequence": "i32",
-                "stride_context_row": "i32",
-            }
+            forward = {"context_ptr": dtype, "mask_token_ptr": "fp32", "pos_embed_ptr": "fp32", "context_of_ptr": "i32"}
+            forward |= {"tokens_ptr": dtype, "mask_rows_ptr": "i64"}
             constexprs = tile | {"stride_context_dim": 1}
             rows.append(Shipped(_predictor_tokens_fwd_kernel, forward, constexprs, divisible=("stride_context_row",)))
-            backward = {
-                "grad_ptr": f"*{dtype}",
-                "context_cu_seqlens_ptr": "*i32",
-                "cu_seqlens_ptr": "*i32",
-                "users_ptr": "*i64",
-                "grad_context_ptr": f"*{dtype}",
-                "uses": "i32",
-                "blocks_per_sequence": "i32",
-            }
+            backward = {"grad_ptr": dtype, "users_ptr": "i64", "grad_context_ptr": dtype}
             rows.append(Shipped(_predictor_tokens_bwd_context_kernel, backward, tile))
-            mask = {
-                "grad_ptr": f"*{dtype}",
-                "target_cu_seqlens_ptr": "*i32",
-                "cu_seqlens_ptr": "*i32",
-                "partial_ptr": "*fp32",
-            }
+            mask = {"grad_ptr": dtype, "partial_ptr": "fp32"}
             note = "16-byte loads; stores a row of partial sums a sequence, a column a thread"
             rows.append(Shipped(_predictor_tokens_bwd_mask_kernel, mask, tile, vector_bytes=4, note=note))
     return rows

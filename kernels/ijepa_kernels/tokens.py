@@ -110,28 +110,13 @@ def _gather_tokens_bwd_kernel(
 def shipped() -> list[Shipped]:
     """Every model's width, in bf16 and fp32."""
     rows = []
+    strides = ("stride_x_image", "stride_x_token")
     for dim in (192, 384, 768, 1024, 1280, 1408):
+        tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": tile_columns(dim)}
         for dtype in ("bf16", "fp32"):
-            tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": tile_columns(dim)}
-            forward = {
-                "x_ptr": f"*{dtype}",
-                "indices_ptr": "*i32",
-                "cu_seqlens_ptr": "*i32",
-                "image_ptr": "*i32",
-                "out_ptr": f"*{dtype}",
-                "blocks_per_sequence": "i32",
-                "stride_x_image": "i32",
-                "stride_x_token": "i32",
-            }
-            strides = ("stride_x_image", "stride_x_token")
+            forward = {"x_ptr": dtype, "out_ptr": dtype}
             rows.append(Shipped(_gather_tokens_fwd_kernel, forward, tile | {"stride_x_dim": 1}, divisible=strides))
-            backward = {
-                "grad_ptr": f"*{dtype}",
-                "order_ptr": "*i64",
-                "starts_ptr": "*i32",
-                "grad_x_ptr": f"*{dtype}",
-                "num_rows": "i32",
-            }
+            backward = {"grad_ptr": dtype, "order_ptr": "i64", "starts_ptr": "i32", "grad_x_ptr": dtype}
             rows.append(Shipped(_gather_tokens_bwd_kernel, backward, tile))
     return rows
 

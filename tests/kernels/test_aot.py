@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from ijepa_kernels import aot
 from ijepa_kernels.aot import Compiled
+from ijepa_kernels.dispatch import tl, triton
+from ijepa_kernels.shipped import Shipped
 
 pytestmark = pytest.mark.long  # compiles every kernel
 
@@ -92,6 +94,28 @@ GOOD = dict(module="m", kernel="k", title="", arch=90, registers=32, stack=0, sh
 def test_faults(change, fault):
     faults = Compiled(**GOOD | change).faults()
     assert [fault in f for f in faults] == ([True] if fault else [])
+
+
+@triton.jit
+def _some_kernel(x_ptr, packed_indices_ptr, scale, num_rows, stride, BLOCK: tl.constexpr):
+    pass
+
+
+def test_a_signature_comes_from_the_kernel_s_own_arguments():
+    ship = Shipped(_some_kernel, {"scale": "fp32", "x_ptr": "bf16"}, {"BLOCK": 8, "stride": 1})
+    want = {"x_ptr": "*bf16", "packed_indices_ptr": "*i32", "scale": "fp32", "num_rows": "i32"}
+    assert list(ship.signature.items()) == list(want.items())
+    assert ship.title() == "bf16 i32, BLOCK=8, stride=1, warps=4"
+
+
+@pytest.mark.parametrize(("types", "constexprs", "says"), [
+    ({}, {"BLOCK": 8}, "the pointer x_ptr has no type"),
+    ({"x_ptr": "bf16"}, {}, "the constexpr BLOCK has no value"),
+    ({"x_ptr": "bf16", "y_ptr": "bf16"}, {"BLOCK": 8}, "_some_kernel has no argument y_ptr"),
+])
+def test_a_signature_that_does_not_fit_its_kernel_says_so(types, constexprs, says):
+    with pytest.raises(ValueError, match=says):
+        _ = Shipped(_some_kernel, types, constexprs).signature
 
 
 def test_widths_of_instructions():
