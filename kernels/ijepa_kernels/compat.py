@@ -7,6 +7,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = [
+    "StorageWeakRef",
+    "flash_attention_cpu",
+    "flash_attention_cpu_backward",
+    "foreach_copy_",
+    "foreach_lerp_",
+    "mse_loss_backward_",
+    "num_dispatch_modes",
+    "smooth_l1_loss_backward_",
+    "softmax_backward",
+]
+
+# StorageWeakRef: says whether a tensor's memory was freed, whatever became of the Python objects that looked at it.
+# When it moves: a list of the tensors instead keeps one table for each set of them that was ever captured.
 
 # The number of active `__torch_dispatch__` modes: fake tensors, checkpoint policies, FLOP counters.
 # When it moves: torch/utils/_python_dispatch.py shows what replaced it. `lambda: 1` is always right, but sends

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .checks import FLOATS, describe, is_number
-from .compat import foreach_copy_, foreach_lerp_
+from .compat import StorageWeakRef, foreach_copy_, foreach_lerp_
 from .dispatch import tl, triton, use_triton
 from .registration import is_plain_eager, register
 from .shipped import Shipped
@@ -116,8 +116,10 @@ class _Plan(NamedTuple):
 
 
 _plans: dict[tuple, _Plan] = {}
-_captured: list[_Plan] = []  # a CUDA graph keeps reading its tables
 MAX_PLANS = 16
+# A CUDA graph reads its tables at every replay, so they must outlive `_plans`. They are kept for as long as the memory
+# that the graph updates: once that is freed, replaying would write to what is no longer ours.
+_captured: list[tuple[StorageWeakRef, _Plan]] = []
 
 
 def _plan_of(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> _Plan:
@@ -130,7 +132,7 @@ def _plan_of(target: list[Tensor], source: list[Tensor], low_precision: list[Ten
         *[x.is_contiguous() for x in tensors],
     )
     plan = _plans.get(key)
-    capturing = target[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    capturing = _is_capturing(target[0])
     if plan is None:
         if capturing:
             raise RuntimeError("ema_update_: call it once with these tensors before capturing a CUDA graph")
@@ -139,9 +141,15 @@ def _plan_of(target: list[Tensor], source: list[Tensor], low_precision: list[Ten
         while len(_plans) >= MAX_PLANS:
             del _plans[next(iter(_plans))]
         _plans[key] = plan
-    if capturing and not any(plan is other for other in _captured):
-        _captured.append(plan)
+    if capturing:
+        memory = next((x for x in target if x.numel()), target[0]).untyped_storage()
+        _captured[:] = [(kept, other) for kept, other in _captured if not kept.expired() and other is not plan]
+        _captured.append((StorageWeakRef(memory), plan))
     return plan
+
+
+def _is_capturing(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _make_plan(target: list[Tensor], source: list[Tensor], low_precision: list[Tensor]) -> _Plan:

@@ -227,6 +227,34 @@ def test_old_plans_are_dropped(kernel_device, monkeypatch):
     assert len(ema._plans) == ema.MAX_PLANS
 
 
+def test_tables_of_captured_updates_live_as_long_as_their_targets(kernel_device, monkeypatch):
+    """`_plans` may drop a plan whose table a CUDA graph still reads; a graph whose targets are gone reads no more."""
+    monkeypatch.setattr(ema, "_plans", {})
+    monkeypatch.setattr(ema, "_captured", [])
+    shapes = [(0,), (3,)]  # an empty shard, as of FSDP, says nothing of the others' life
+
+    def capture(target, source):
+        ema_update_(target, source, 0.9)
+        with monkeypatch.context() as patch:
+            patch.setattr(ema, "_is_capturing", lambda x: True)
+            ema_update_(target, source, 0.9)
+            ema_update_(target, source, 0.9)
+        return ema._captured[-1][1]
+
+    target, source = lists(kernel_device, shapes)
+    plan = capture([x[:] for x in target], source)  # views, as DTensor.to_local() gives them, die at once
+    others = [lists(kernel_device, shapes) for _ in range(ema.MAX_PLANS)]
+    for pair in others:
+        capture(*pair)
+    assert not any(other is plan for other in ema._plans.values())
+    assert len(ema._captured) == 1 + ema.MAX_PLANS
+    del others, pair
+    last = lists(kernel_device, shapes)
+    assert {id(capture(*last)), id(plan)} == {id(other) for _, other in ema._captured}
+    del target
+    assert [id(capture(*last))] == [id(other) for _, other in ema._captured]
+
+
 @pytest.fixture
 def mesh(tmp_path):
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
