@@ -11,7 +11,7 @@ step 2^-8 of the difference. An fp32 one at 0.9999 stops within about 2^-24 / (1
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -239,10 +239,11 @@ def _check(target: list[Tensor], source: list[Tensor], low_precision: list[Tenso
             written.add(low.data_ptr())
 
 
-def _local(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _local(name: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """Local shards of DTensors, plain tensors as they are. Collectives are never needed: the average is elementwise."""
-    if not isinstance(tensors, (list, tuple)):
-        raise ValueError(f"{name}: want a list of tensors, got {describe(tensors)}")
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):  # a tensor is an iterable of its rows
+        raise ValueError(f"{name}: want a list or another iterable of tensors, got {describe(tensors)}")
+    tensors = list(tensors)
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name}[{i}]: want a tensor, got {describe(x)}")
@@ -251,15 +252,16 @@ def _local(name: str, tensors: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def ema_update_(
-    target: Sequence[Tensor],
-    source: Sequence[Tensor],
+    target: Iterable[Tensor],
+    source: Iterable[Tensor],
     momentum: float | Tensor,
     *,
-    low_precision: Sequence[Tensor] | None = None,
+    low_precision: Iterable[Tensor] | None = None,
 ) -> None:
-    """target = momentum * target + (1 - momentum) * source, in place, for every pair of two lists (see the module).
+    """target = momentum * target + (1 - momentum) * source, in place, for every pair of tensors (see the module).
 
-    target:        list of fp32, bf16 or fp16 tensors, any shapes, one device. DTensors stand for their local shards.
+    target:        fp32, bf16 or fp16 tensors of any shapes on one device, in a list or any iterable such as
+                   `model.parameters()`. DTensors stand for their local shards.
     source:        as many, of the same shapes (shards); fp32, bf16 or fp16, each by itself.
     momentum:      a number in [0, 1], or a 0-dim fp32 or fp64 tensor; one on the device is read when the kernel runs,
                    so a captured CUDA graph follows it. At 0.9999, 1 - momentum is off by 3e-4 of itself in fp32.

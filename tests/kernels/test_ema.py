@@ -191,6 +191,15 @@ def test_parameters_and_autograd(device):
     assert all(t._version > v and t.is_leaf and t.requires_grad for t, v in zip(target, versions, strict=True))
 
 
+def test_any_iterable_will_do(device):
+    target, source = (torch.nn.Linear(5, 7).to(device) for _ in range(2))
+    low = {name: torch.zeros_like(p) for name, p in target.named_parameters()}
+    before = [p.detach().clone() for p in target.parameters()]
+    ema_update_(target.parameters(), source.parameters(), 0.9, low_precision=low.values())
+    assert_within_one_ulp_of_lerp(target.parameters(), before, source.parameters(), 0.1)
+    assert all(torch.equal(p, x) for p, x in zip(target.parameters(), low.values(), strict=True))
+
+
 def test_the_plan_follows_the_addresses(kernel_device, monkeypatch):
     """A table built for one set of tensors must never be used for another: it would write to freed memory."""
     monkeypatch.setattr(ema, "_plans", {})
@@ -315,7 +324,8 @@ def cases():
         for match, arguments in [
             (r"source: want 2 tensors as target has, got 1", ([a, b], [a], 0.9)),
             (r"low_precision: want 1 tensors as target has, got 2", ([a], [b], 0.9, [a, b])),
-            (r"target: want a list of tensors, got float32 \[3\]", (a, [b], 0.9)),
+            (r"target: want a list or another iterable of tensors, got float32 \[3\]", (a, [b], 0.9)),
+            (r"source: want a list or another iterable of tensors, got NoneType", ([a], None, 0.9)),
             (r"source\[0\]: want a tensor, got 1.0", ([a], [1.0], 0.9)),
             (r"target\[0\]: want a fp32, bf16 or fp16 tensor, got int64", ([a.long()], [b], 0.9)),
             (r"source\[0\]: want .* tensor \[3\] on cpu .*, got float32 \[1, 3\]", ([a], [b[None]], 0.9)),
