@@ -1,4 +1,4 @@
-"""Compiles every kernel in every shipped configuration, without a GPU, and tells what came out.
+"""Compile every kernel in every shipped configuration, without a GPU, and report what the compiler made of it.
 
     python -m ijepa_kernels.aot                                       prints the table
     python -m ijepa_kernels.aot --markdown docs/kernels_compiled.md   writes it
@@ -75,7 +75,7 @@ def configurations() -> list[tuple[str, int]]:
     found = []
     for module in pkgutil.iter_modules(ijepa_kernels.__path__, "ijepa_kernels."):
         lists = vars(importlib.import_module(module.name)).get("shipped")
-        if callable(lists) and lists.__module__ == module.name:  # not one that it imports from another
+        if callable(lists) and lists.__module__ == module.name:  # not imported from another module
             found += [(module.name, i) for i in range(len(lists()))]
     return found
 
@@ -119,7 +119,7 @@ def compile_one(module: str, position: int, arch: int) -> Compiled:
 
 
 def _disassemble(cubin: bytes) -> str:
-    """What it uses, then its instructions. nvdisasm takes a third of a second, more than most compilations."""
+    """Its resource usage, then its instructions. nvdisasm takes a third of a second, more than most compilations."""
     import triton
 
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"

@@ -1,7 +1,7 @@
-"""Who can compute varlen_attention, and which of them `auto` takes.
+"""The backends of varlen_attention, and which of them `auto` takes.
 
-Everything is imported when it is first needed. A library is called through its own public function, which brings its
-own autograd. To add one: a function that calls it, a function that says why it cannot be used, a line in BACKENDS.
+A library is imported when it is first needed, and called through its own public function, which has its own autograd.
+To add one: a function that calls it, a function that says why it cannot be used, a line in BACKENDS.
 """
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 from . import attention_triton
 from .dispatch import HAS_TRITON, INTERPRETED, MODES
 
-# Where our kernel was measured to be faster than every library that is usable: (head_dim, dtype, sm major). Empty: no
-# device has timed it. Until one has, `auto` takes it only where no library ahead of it in the order can serve.
+# Where our kernel was measured to be faster than every usable library: (head_dim, dtype, sm major). It is empty, for no
+# device has timed the kernel yet; until then `auto` takes it only where no library before it in the order can be used.
 MEASURED_FASTER: frozenset[tuple[int, torch.dtype, int]] = frozenset()
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -27,22 +27,22 @@ SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 def _call_fa3(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from flash_attn_interface import flash_attn_varlen_func
 
-    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
+    return _call_varlen_func(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
 def _call_fa4(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from flash_attn.cute import flash_attn_varlen_func
 
-    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
+    return _call_varlen_func(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
 def _call_flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float) -> Tensor:
     from flash_attn import flash_attn_varlen_func
 
-    return _flash(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
+    return _call_varlen_func(flash_attn_varlen_func, q, k, v, cu_seqlens, max_seqlen, scale)
 
 
-def _flash(
+def _call_varlen_func(
     function: Callable, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float
 ) -> Tensor:
     result = function(
@@ -74,7 +74,7 @@ def _call_xformers(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seql
 
 
 class _Case(NamedTuple):
-    """What is asked of a backend."""
+    """The head dim, dtype and device that a backend is asked to serve."""
 
     head_dim: int
     dtype: torch.dtype
@@ -83,7 +83,7 @@ class _Case(NamedTuple):
     def capability(self) -> tuple[int, int]:
         return torch.cuda.get_device_capability(self.device)
 
-    def not_for_library(self, module: str, dtypes: tuple[torch.dtype, ...], largest_head_dim: int) -> str | None:
+    def why_not_library(self, module: str, dtypes: tuple[torch.dtype, ...], largest_head_dim: int) -> str | None:
         """Why a CUDA library cannot be used, or None."""
         if self.device.type != "cuda":
             return "runs on CUDA devices only"
@@ -100,7 +100,7 @@ class _Case(NamedTuple):
         except ModuleNotFoundError as error:
             missing = error.name or module
             return f"{module} is not installed" if module.startswith(missing) else f"{module} needs {missing}"
-        except Exception as error:  # built for another torch or CUDA: whatever it raises, the others still serve
+        except Exception as error:  # built for another torch or CUDA; whatever it raises, the others still work
             return f"{module} does not import: {error}"
         return None
 
@@ -109,22 +109,22 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
-def _not_fa3(case: _Case) -> str | None:
-    why = case.not_for_library("flash_attn_interface", SIXTEEN_BIT, 256)
+def _why_not_fa3(case: _Case) -> str | None:
+    why = case.why_not_library("flash_attn_interface", SIXTEEN_BIT, 256)
     return why or (None if case.capability()[0] == 9 else "is built for sm_90")
 
 
-def _not_fa4(case: _Case) -> str | None:
-    why = case.not_for_library("flash_attn.cute", SIXTEEN_BIT, 128)
+def _why_not_fa4(case: _Case) -> str | None:
+    why = case.why_not_library("flash_attn.cute", SIXTEEN_BIT, 128)
     if why or case.capability()[0] >= 10:
         return why
     if case.capability()[0] != 9:
         return "is built for sm_90 and later"
-    # An open report against its Hopper backward, flash-attention pull request 2896; nobody has tested it here.
+    # flash-attention's open pull request 2896 doubts its backward on Hopper. Not tested here.
     return "its sm_90 backward is in doubt where head_dim is no multiple of 32" if case.head_dim % 32 else None
 
 
-def _not_triton(case: _Case) -> str | None:
+def _why_not_triton(case: _Case) -> str | None:
     if not HAS_TRITON:
         return "triton is not installed"
     if case.dtype not in (*SIXTEEN_BIT, torch.float32):
@@ -141,16 +141,16 @@ def _not_triton(case: _Case) -> str | None:
     return None if case.capability() >= (8, 0) else "needs sm_80 or later"
 
 
-def _not_torch_varlen(case: _Case) -> str | None:
-    return case.not_for_library("torch.nn.attention.varlen", SIXTEEN_BIT, 256)
+def _why_not_torch_varlen(case: _Case) -> str | None:
+    return case.why_not_library("torch.nn.attention.varlen", SIXTEEN_BIT, 256)
 
 
-def _not_flash_attn(case: _Case) -> str | None:
-    return case.not_for_library("flash_attn", SIXTEEN_BIT, 256)
+def _why_not_flash_attn(case: _Case) -> str | None:
+    return case.why_not_library("flash_attn", SIXTEEN_BIT, 256)
 
 
-def _not_xformers(case: _Case) -> str | None:
-    return case.not_for_library("xformers.ops.fmha", (*SIXTEEN_BIT, torch.float32), 128)
+def _why_not_xformers(case: _Case) -> str | None:
+    return case.why_not_library("xformers.ops.fmha", (*SIXTEEN_BIT, torch.float32), 128)
 
 
 class Backend(NamedTuple):
@@ -160,12 +160,12 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
-    "fa3": Backend("FlashAttention-3", _not_fa3, _call_fa3),
-    "fa4": Backend("FlashAttention-4", _not_fa4, _call_fa4),
-    "torch_varlen": Backend("torch.nn.attention.varlen", _not_torch_varlen, _call_torch_varlen),
-    "flash_attn": Backend("FlashAttention-2", _not_flash_attn, _call_flash_attn),
-    "xformers": Backend("xformers; waits for the device to read the lengths", _not_xformers, _call_xformers),
-    "triton": Backend("our kernel", _not_triton),
+    "fa3": Backend("FlashAttention-3", _why_not_fa3, _call_fa3),
+    "fa4": Backend("FlashAttention-4", _why_not_fa4, _call_fa4),
+    "torch_varlen": Backend("torch.nn.attention.varlen", _why_not_torch_varlen, _call_torch_varlen),
+    "flash_attn": Backend("FlashAttention-2", _why_not_flash_attn, _call_flash_attn),
+    "xformers": Backend("xformers; waits for the device to read the lengths", _why_not_xformers, _call_xformers),
+    "triton": Backend("our kernel", _why_not_triton),
     "torch": Backend("plain PyTorch; reads the lengths on the host", lambda case: None),
 }
 
@@ -180,7 +180,7 @@ def _order(case: _Case) -> list[str]:
     return order
 
 
-@torch.compiler.assume_constant_result  # a compiler is to call it, not to look inside
+@torch.compiler.assume_constant_result  # a compiler calls it and does not trace it
 def choose(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
     """The name of the backend to use. Raises ValueError where the one that is named cannot be used."""
     mode = os.environ.get("IJEPA_KERNELS", "auto")

@@ -1,7 +1,7 @@
 """The plain PyTorch form of varlen_attention: what a CPU runs, and IJEPA_KERNELS=torch anywhere.
 
-There are two ways through neighbouring sequences of one length: the fused call, which keeps no weights, and matrix
-products over a group of sequences whose weights stay in the cache. Time of the products over that of the fused call,
+Neighbouring sequences of one length are computed together, in one of two ways: the fused call, which keeps no weights,
+or matrix products over a group of sequences whose weights fit the cache. Time of the products over that of the fused,
 fp32, torch 2.13, two cores of an AVX2 EPYC, 3000 tokens, forward and backward at 3 to 16 heads of 24 to 80 (one thread:
 0.1 more):
 
@@ -11,8 +11,8 @@ fp32, torch 2.13, two cores of an AVX2 EPYC, 3000 tokens, forward and backward a
 
 Forward alone the two are equal between 64 and 160 tokens, and the fused call is faster above.
 
-Sequences of one length that are not neighbours are not brought together: the gather and its way back cost more than
-the calls they save (16 to 64 sequences of 60 to 196 tokens, forward and backward: 1.1 to 1.4 times the time).
+Sequences of one length that are not neighbours are left apart: gathering them and scattering the result costs more than
+the calls it saves (16 to 64 sequences of 60 to 196 tokens, forward and backward: 1.1 to 1.4 times the time).
 """
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _multiply_into(out: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
-    """out [count, heads, m, n] = scale * a b, of `_stack`s; not by `out=`, which is slow where rows are apart."""
+    """out [count, heads, m, n] = scale * a b, of `_stack`s. `out=` would be slow: the rows of `out` lie apart."""
     out.copy_(torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale).view(out.shape))
 
 

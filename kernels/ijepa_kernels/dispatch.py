@@ -1,6 +1,6 @@
 """Dispatch: whether an op runs its Triton kernel or its PyTorch form.
 
-`IJEPA_KERNELS` chooses the code, for debugging; the default needs no thought. It is read at every call:
+`IJEPA_KERNELS` overrides the choice, for debugging. It is read at every call:
 
     auto       Triton for CUDA tensors where Triton is installed, plain PyTorch elsewhere
     torch      plain PyTorch everywhere
@@ -17,7 +17,7 @@ import sys
 from torch import Tensor
 
 if os.environ.get("IJEPA_KERNELS") == "interpret" and "triton" not in sys.modules:
-    os.environ["TRITON_INTERPRET"] = "1"  # triton looks at it when it decorates, its own library included
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is decorated, also those of triton's library
 
 try:
     import triton
@@ -28,7 +28,7 @@ except ImportError:  # Windows, macOS: the PyTorch forms are all there is
     HAS_TRITON = False
 
     class _Missing:
-        """Lets `@triton.jit` and `tl.float32` be written down; nothing is ever launched."""
+        """Stands for `triton` and `triton.language` where kernels are defined. None is ever launched."""
 
         def jit(self, fn=None, **_options):
             return fn if fn is not None else lambda fn: fn

@@ -73,7 +73,7 @@ def _ema_kernel(
     if ON_DEVICE:
         weight = (1 - tl.load(momentum_ptr)).to(tl.float32)
     offsets = tl.arange(0, CHUNK)
-    if count == CHUNK:  # a branch of its own: even with hints, masked loads from a table's pointers are scalar
+    if count == CHUNK:  # without masks: masked loads from a table's pointers are scalar, even with hints
         target_ptr = tl.multiple_of(target_ptr, 16)
         source_ptr = tl.multiple_of(source_ptr, 16)
         old = tl.load(target_ptr + offsets).to(tl.float32)  # [CHUNK]
@@ -109,7 +109,7 @@ def shipped() -> list[Shipped]:
 
 
 class _Plan(NamedTuple):
-    """What to launch for one set of lists: it holds addresses, so it is good for as long as those stay the same."""
+    """What to launch for one set of lists. It holds their addresses, so it is valid while those stay the same."""
 
     launches: list[tuple[Tensor, dict]]  # table, constexprs; one a combination of dtypes
     strided: list[int]  # positions of tensors that are not contiguous
@@ -179,7 +179,7 @@ def _update_triton(target, source, low_precision, momentum, device_momentum) -> 
     on_device = device_momentum is not None
     with torch.cuda.device_of(target[0]):
         for table, dtypes in plan.launches:
-            if table.is_cuda:  # a plan may be dropped while another stream than the table's own still reads it
+            if table.is_cuda:  # the plan may be dropped while this stream, not the table's own, still reads it
                 table.record_stream(torch.cuda.current_stream())
             _ema_kernel[(table.shape[0],)](
                 table, 1 - momentum, device_momentum, **dtypes, ON_DEVICE=on_device, CHUNK=CHUNK, num_warps=NUM_WARPS

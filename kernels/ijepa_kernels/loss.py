@@ -84,7 +84,7 @@ def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator
         loss = F.smooth_l1_loss(pred32, rows, reduction="sum", beta=beta)
     if not with_gradient:
         return loss * scale, pred.new_empty(0)
-    # into the rows' own memory: half the time of a new tensor, which ATen also fills with zeros first
+    # Written over the rows: half the time of a new tensor, which ATen would fill with zeros first.
     if kind == "l2":
         mse_loss_backward_(upstream, pred32, rows)
     elif beta == 0:
@@ -225,13 +225,29 @@ def _launch_forward(
     num_sequences = packed.image.shape[0]
     with torch.cuda.device_of(pred):
         _loss_fwd_kernel[(triton.cdiv(num_tokens, rows),)](
-            pred, target, packed.indices, packed.cu_seqlens, packed.image, gradient, partial,
-            num_tokens, num_sequences, (num_sequences - 1).bit_length(),
-            beta, eps, loss_scale, loss_scale * (2 if kind == "l2" else 1),
-            pred.stride(0), target.stride(0), target.stride(1),
-            DIM=dim, BLOCK=block, ROWS=rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=gradient is not None,
+            pred,
+            target,
+            *packed[:3],
+            gradient,
+            partial,
+            num_tokens,
+            num_sequences,
+            (num_sequences - 1).bit_length(),
+            beta,
+            eps,
+            loss_scale,
+            loss_scale * (2 if kind == "l2" else 1),
+            pred.stride(0),
+            target.stride(0),
+            target.stride(1),
+            DIM=dim,
+            BLOCK=block,
+            ROWS=rows,
+            KIND=kind,
+            NORMALIZE=normalize,
+            WITH_GRADIENT=gradient is not None,
             num_warps=warps,
-        )  # fmt: skip
+        )
 
 
 def _launch_scale(gradient: Tensor, by: Tensor) -> None:
@@ -307,7 +323,7 @@ def _backward(ctx, grad_loss, _grad_gradient):
         return None, *nothing
     gradient, *tensors = ctx.saved_tensors
     if not is_plain_eager():
-        return (gradient * grad_loss).to(tensors[0].dtype), *nothing  # fused by a compiler, which may see no mutation
+        return (gradient * grad_loss).to(tensors[0].dtype), *nothing  # a compiler fuses it, and must see no mutation
     if ctx.used:  # a retained graph: the first backward scaled the buffer and gave it away
         gradient = _forward(*tensors, *ctx.arguments)[1]
     ctx.used = True

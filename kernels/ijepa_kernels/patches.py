@@ -7,9 +7,9 @@ with b the image of t's sequence, (y, x) = divmod(indices[t], W // p). Only the 
 and normalised in fp32: C * p * p * (1 + out) bytes a token. The eager chain (to float, normalise, Conv2d over the whole
 image, gather) moves the whole image three times over in floats, and the context keeps a third of it.
 
-embed_patches is that gather, and a matrix product of the library that starts to accumulate at bias + position. Doing
-both in one kernel would spare writing and reading the patches and that start; but the whole product is 0.1 % of a step
-(H/14: 0.5 of 658 GFLOP an image), so a product of our own could gain nothing that anyone would see.
+embed_patches is that gather, then PyTorch's matrix product, which starts to accumulate at bias + position. One kernel
+for both would not write the patches and read them again. But the whole product is 0.1 % of a step (H/14: 0.5 of 658
+GFLOP an image), so nobody would see the gain.
 The backward gathers the patches again instead of keeping them. On a CPU that costs 2 ms in a whole step of ViT-S/16
 with 16 images, on a GPU C * p * p * 3 bytes of traffic a token; it frees 1.2 kB (H/14, bf16) a token of the context.
 """
@@ -132,7 +132,7 @@ def _gather_patches_kernel(
         k = start + tl.arange(0, BLOCK_K)  # [BLOCK_K]
         channel = k // (PATCH * PATCH)
         offset = channel * stride_channel + k // PATCH % PATCH * stride_row + k % PATCH * stride_column
-        # A byte at a time where the channels lie interleaved: what counts is the store, in 16-byte words.
+        # Where the channels are interleaved it loads a byte at a time; the store, in 16-byte words, is what counts.
         read = inside[:, None] & (channel < CHANNELS)[None, :]
         value = tl.load(corner[:, None] + offset[None, :], mask=read, other=0).to(tl.float32)  # [BLOCK_T, BLOCK_K]
         if NORMALISE:
@@ -245,10 +245,10 @@ def _embed(
     patches = _gather(images, indices, *rest)  # [T, K]
     weight = weight.to(patches.dtype).flatten(1)
     weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
-    with torch.autocast(images.device.type, enabled=False):  # the dtype is the caller's choice, and the fake's promise
+    with torch.autocast(images.device.type, enabled=False):  # the result has the dtype asked for, as the fake says
         if pos_embed is None:
             return torch.addmm(bias.to(patches.dtype), patches, weight)
-        # Where the matrix product starts to accumulate: no pass over the result afterwards.
+        # The matrix product accumulates onto this, which spares a pass over the result.
         start = (bias.float() + pos_embed.float()).to(patches.dtype).index_select(0, indices)
         return start.addmm_(patches, weight)
 
@@ -358,7 +358,7 @@ def _check(
     images: Tensor, packed: Packed, patch_size: int, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype
 ) -> int:
     """Everything that both ops take; returns the number of channels."""
-    for name, value in (("mean", mean), ("std", std)):  # float images have no use for them, the op's schema has
+    for name, value in (("mean", mean), ("std", std)):  # float images do not use them, but the op's schema has them
         if not isinstance(value, (list, tuple)) or not all(map(is_number, value)):
             raise ValueError(f"{name}: want a list of numbers, one a channel, got {describe(value)}")
     if isinstance(images, Tensor) and images.dtype == torch.uint8:

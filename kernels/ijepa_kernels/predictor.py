@@ -385,7 +385,7 @@ def predictor_tokens(
     arguments = *context_packed, *target_packed, context_of
     if not pos_embed.requires_grad or not torch.is_grad_enabled():
         return _forward_op(context, mask_token, pos_embed, *arguments)
-    # Positions that learn, which I-JEPA's do not: added outside, by an op that has a gradient for them.
+    # Positions that learn (I-JEPA's do not) are added outside, by an op that has a gradient for them.
     at_context, at_target = (
         gather_tokens(pos_embed[None], packed._replace(image=torch.zeros_like(packed.image)))
         for packed in (context_packed, target_packed)

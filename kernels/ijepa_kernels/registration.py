@@ -28,8 +28,8 @@ def register(
 ) -> Callable:
     """Registers `ijepa::<schema>` and returns what to call.
 
-    One body serves every device and chooses its code with `use_triton`; it runs below autograd. torch.library.triton_op
-    would let the compiler see the launches, but it fails opcheck and compilation on a machine without a GPU.
+    One body serves every device: it chooses its code with `use_triton`, and runs below autograd. With
+    torch.library.triton_op a compiler would see the launches, but opcheck and compilation fail without a GPU.
     """
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

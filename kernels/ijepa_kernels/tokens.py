@@ -11,7 +11,7 @@ several threads.) On a GPU a stable sort of the T row numbers finds the tokens o
 unsorted and repeating ones too; it costs a few small launches, and nothing waits for the device. The exception is the
 PyTorch form on a GPU (IJEPA_KERNELS=torch, or no Triton): `index_add_` is made of float atomics there.
 
-Where no row is taken twice, `index_select` moves as few bytes in the forward; the backward is what this op is for.
+In the forward `index_select` moves as few bytes, so this op's gain is its backward.
 """
 from __future__ import annotations
 
@@ -234,7 +234,7 @@ def apply_masks(x: Tensor, masks: Sequence[Tensor], concat: bool = True) -> Tens
     if concat and any(k != lengths[0] for k in lengths):  # a set of lengths would make them constants of a graph
         raise ValueError(f"masks: want one length to concatenate, got {lengths}; concat=False takes them")
     batch, num_patches, dim = x.shape
-    # The bound on the lengths is N where the masks allow, and not their own length, which changes from step to step.
+    # The bound is N unless a mask is longer: the masks' own length changes from step to step, and would recompile.
     tokens = gather_tokens(x, Packed.from_masks(masks, max(num_patches, *lengths)))
     if concat:
         return tokens.view(len(masks) * batch, lengths[0], dim)

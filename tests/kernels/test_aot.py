@@ -75,22 +75,25 @@ def test_loss_touches_its_tensors_in_16_byte_pieces_alone(rows):
         assert row["stores"]["4"] == 1, name(row)
 
 
-GOOD = dict(module="m", kernel="k", title="", arch=90, registers=32, stack=0, shared=0, spills=0, tensor_core=4,
-            loads={"16": 2}, stores={"16": 1}, vector_bytes=16, dot=True)  # fmt: skip
+SIZES = dict(registers=32, stack=0, shared=0, spills=0, tensor_core=4, loads={"16": 2}, stores={"16": 1})
+GOOD = dict(module="m", kernel="k", title="", arch=90, vector_bytes=16, dot=True) | SIZES
 
 
-@pytest.mark.parametrize(("change", "fault"), [
-    ({}, None),
-    ({"stack": 8}, "spills: 8 bytes of stack"),
-    ({"spills": 3}, "3 instructions"),
-    ({"spills": 3, "note": "faster all the same"}, None),
-    ({"shared": 228 * 1024}, "shared memory: 233472 of 232448 bytes"),
-    ({"tensor_core": 0}, "no tensor-core instruction"),
-    ({"tensor_core": 0, "dot": False}, None),
-    ({"loads": {"8": 4, "4": 1}}, "widest global load is 8 bytes, wanted 16"),
-    ({"stores": {}}, "widest global store is None bytes, wanted 16"),
-    ({"stores": {"4": 1}, "vector_bytes": 4}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({}, None),
+        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"spills": 3}, "3 instructions"),
+        ({"spills": 3, "note": "faster all the same"}, None),
+        ({"shared": 228 * 1024}, "shared memory: 233472 of 232448 bytes"),
+        ({"tensor_core": 0}, "no tensor-core instruction"),
+        ({"tensor_core": 0, "dot": False}, None),
+        ({"loads": {"8": 4, "4": 1}}, "widest global load is 8 bytes, wanted 16"),
+        ({"stores": {}}, "widest global store is None bytes, wanted 16"),
+        ({"stores": {"4": 1}, "vector_bytes": 4}, None),
+    ],
+)
 def test_faults(change, fault):
     faults = Compiled(**GOOD | change).faults()
     assert [fault in f for f in faults] == ([True] if fault else [])
@@ -108,11 +111,14 @@ def test_a_signature_comes_from_the_kernel_s_own_arguments():
     assert ship.title() == "bf16 i32, BLOCK=8, stride=1, warps=4"
 
 
-@pytest.mark.parametrize(("types", "constexprs", "says"), [
-    ({}, {"BLOCK": 8}, "the pointer x_ptr has no type"),
-    ({"x_ptr": "bf16"}, {}, "the constexpr BLOCK has no value"),
-    ({"x_ptr": "bf16", "y_ptr": "bf16"}, {"BLOCK": 8}, "_some_kernel has no argument y_ptr"),
-])
+@pytest.mark.parametrize(
+    ("types", "constexprs", "says"),
+    [
+        ({}, {"BLOCK": 8}, "the pointer x_ptr has no type"),
+        ({"x_ptr": "bf16"}, {}, "the constexpr BLOCK has no value"),
+        ({"x_ptr": "bf16", "y_ptr": "bf16"}, {"BLOCK": 8}, "_some_kernel has no argument y_ptr"),
+    ],
+)
 def test_a_signature_that_does_not_fit_its_kernel_says_so(types, constexprs, says):
     with pytest.raises(ValueError, match=says):
         _ = Shipped(_some_kernel, types, constexprs).signature

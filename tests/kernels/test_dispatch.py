@@ -58,11 +58,14 @@ def test_the_mode_is_read_at_every_call(monkeypatch):
         assert dispatch.use_triton(x) is answer
 
 
-@pytest.mark.parametrize(("mode", "interpreted", "says"), [
-    ("fast", True, "IJEPA_KERNELS must be one of auto, torch, triton, interpret, got 'fast'"),
-    ("triton", True, "IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels, .* under TRITON_INTERPRET=1"),
-    ("triton", False, "IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels, .* to tensors on cpu"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("mode", "interpreted", "says"),
+    [
+        ("fast", True, "IJEPA_KERNELS must be one of auto, torch, triton, interpret, got 'fast'"),
+        ("triton", True, "IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels, .* under TRITON_INTERPRET=1"),
+        ("triton", False, "IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels, .* to tensors on cpu"),
+    ],
+)
 def test_modes_that_cannot_run_say_so(monkeypatch, mode, interpreted, says):
     monkeypatch.setenv("IJEPA_KERNELS", mode)
     monkeypatch.setattr(dispatch, "INTERPRETED", interpreted)

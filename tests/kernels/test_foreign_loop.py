@@ -106,9 +106,8 @@ def train(helpers, which_loss: int) -> list[float]:
 def main() -> None:
     sys.modules["ijepa_fast"] = None  # any import of it raises
     torch.set_num_threads(1)
-    result = {name: [train(helpers(), which) for which in (1, 2)]
-              for name, helpers in (("foreign", foreign_helpers), ("ours", our_helpers))}  # fmt: skip
-    print(json.dumps(result))
+    foreign, ours = ([train(helpers(), which) for which in (1, 2)] for helpers in (foreign_helpers, our_helpers))
+    print(json.dumps({"foreign": foreign, "ours": ours}))
 
 
 @pytest.mark.long

@@ -68,10 +68,17 @@ def test_every_dtype_matches_float64_on_the_same_values(device, dtype, target_dt
     assert_matches(*inputs(device, dtype=dtype, target_dtype=target_dtype))
 
 
-@pytest.mark.parametrize("options", [
-    dict(beta=0.3), dict(beta=0.0), dict(normalize=False), dict(eps=0.1), dict(denominator=12345),
-    dict(denominator=0.5, kind="l2", normalize=False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(beta=0.3),
+        dict(beta=0.0),
+        dict(normalize=False),
+        dict(eps=0.1),
+        dict(denominator=12345),
+        dict(denominator=0.5, kind="l2", normalize=False),
+    ],
+)
 def test_options_match_float64(device, options):
     assert_matches(*inputs(device), **options)
 
