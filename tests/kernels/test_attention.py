@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 LENGTHS = {
     "equal": [7, 7, 7],
-    "ragged": [5, 1, 0, 33, 33],
+    "ragged": [5, 1, 0, 19, 19],
     "empty at both ends": [0, 4, 4, 0],
     "all empty": [0, 0],
     "no sequence": [],
@@ -63,9 +63,12 @@ def assert_near(actual, expected, dtype):
 # -> IJEPA_KERNELS. The PyTorch form has two ways through a CPU, and both in one call; and one through any other device.
 PATHS = {"products": "torch", "fused": "torch", "mixed": "torch", "elsewhere": "torch", "interpret": "interpret"}
 GPU_PATHS = {"cuda": "triton", "cuda-torch": "torch"}
+PARAMETERS = [*PATHS, *(pytest.param(path, marks=pytest.mark.gpu) for path in GPU_PATHS)]
+# The registered op knows the fused way alone, so the other two of a CPU would prove the same once more.
+registered_paths = pytest.mark.parametrize("device", PARAMETERS[1:2] + PARAMETERS[3:], indirect=True)
 
 
-@pytest.fixture(params=[*PATHS, *(pytest.param(path, marks=pytest.mark.gpu) for path in GPU_PATHS)])
+@pytest.fixture(params=PARAMETERS)
 def device(request, monkeypatch):
     """As conftest's, with more paths."""
     monkeypatch.setenv("IJEPA_KERNELS", (PATHS | GPU_PATHS)[request.param])
@@ -92,15 +95,32 @@ def test_matches_dense_float64(lengths, device):
     qkv, cu_seqlens = packed_qkv(lengths, 2, 24, device=device)
     grad = gradient(qkv)
     expected = reference(qkv, cu_seqlens, grad, 0.3)
-    assert_near(run(varlen_attention, qkv, cu_seqlens, grad, 136, scale=0.3), expected, torch.float32)
+    bound = max(lengths) + 6  # no length of the batch
+    assert_near(run(varlen_attention, qkv, cu_seqlens, grad, bound, scale=0.3), expected, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", attention_triton.HEAD_DIMS)
 def test_every_head_dim_and_dtype(head_dim, dtype, device):
+    qkv, cu_seqlens = packed_qkv([17, 3], 2, head_dim, dtype, device)  # fp32's backward has tiles of 16 keys
+    grad = gradient(qkv)
+    assert_near(run(varlen_attention, qkv, cu_seqlens, grad, 20), reference(qkv, cu_seqlens, grad), dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", attention_triton.HEAD_DIMS)
+def test_every_head_dim_and_dtype_over_several_tiles(head_dim, dtype, device):
     qkv, cu_seqlens = packed_qkv([70, 1, 0, 17], 2, head_dim, dtype, device)
     grad = gradient(qkv)
     assert_near(run(varlen_attention, qkv, cu_seqlens, grad, 70), reference(qkv, cu_seqlens, grad), dtype)
+
+
+@pytest.mark.parametrize("head_dim", [24, 88])
+def test_several_tiles_in_16_bits(head_dim, kernel_device):
+    qkv, cu_seqlens = packed_qkv([70], 1, head_dim, torch.bfloat16, kernel_device)
+    grad = gradient(qkv)
+    assert_near(run(varlen_attention, qkv, cu_seqlens, grad, 70), reference(qkv, cu_seqlens, grad), torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +128,7 @@ def test_every_head_dim_and_dtype(head_dim, dtype, device):
     [(n, torch.float32) for n in (8, 16, 40, 56, 72, 96)] + [(n, torch.float16) for n in (104, 128)],
 )
 def test_head_dims_of_other_models(head_dim, dtype, kernel_device):
-    qkv, cu_seqlens = packed_qkv([5, 19], 1, head_dim, dtype, device=kernel_device)
+    qkv, cu_seqlens = packed_qkv([19], 1, head_dim, dtype, device=kernel_device)
     grad = gradient(qkv)
     assert_near(run(varlen_attention, qkv, cu_seqlens, grad, 19), reference(qkv, cu_seqlens, grad), dtype)
 
@@ -148,16 +168,16 @@ def test_large_logits(sign, device):
         assert (a.double().cpu() - e).abs().max() <= 3e-4 * e.abs().max()
 
 
-@settings(derandomize=True, deadline=None, max_examples=8)
-@given(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+@settings(derandomize=True, deadline=None, max_examples=6)
+@given(st.lists(st.integers(0, 20), min_size=1, max_size=3))
 def _packed_equals_one_sequence_at_a_time(device, lengths):
     qkv, cu_seqlens = packed_qkv(lengths, 1, 16, device=device)
     grad = gradient(qkv)
-    out, grad_qkv = run(varlen_attention, qkv, cu_seqlens, grad, 40)
+    out, grad_qkv = run(varlen_attention, qkv, cu_seqlens, grad, 20)
     parts = (x.split(lengths) for x in (out, grad_qkv, qkv, grad))
     for part, part_grad, single, single_grad in zip(*parts, strict=True):
         ends = torch.tensor([0, len(single)], dtype=torch.int32, device=device)
-        alone = run(varlen_attention, single, ends, single_grad, 40)
+        alone = run(varlen_attention, single, ends, single_grad, 20)
         for a, b in zip((part, part_grad), alone, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)  # a call for several may sum in another order
 
@@ -199,18 +219,18 @@ def test_strides(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_writes_all_of_its_outputs_and_nothing_else(dtype, device, monkeypatch):
-    qkv, cu_seqlens = packed_qkv([17, 0, 1, 30], 2, 88, dtype, device)
+    qkv, cu_seqlens = packed_qkv([17, 0, 1], 2, 88, dtype, device)
     grad = gradient(qkv)
     expected = reference(qkv, cu_seqlens, grad)
     with guarded_outputs(monkeypatch):
-        actual = run(varlen_attention, qkv, cu_seqlens, grad, 64)
+        actual = run(varlen_attention, qkv, cu_seqlens, grad, 32)
     assert_near(actual, expected, dtype)
 
 
 def test_two_runs_are_bitwise_equal(device):
-    qkv, cu_seqlens = packed_qkv([60, 60, 33], 2, 32, device=device)
+    qkv, cu_seqlens = packed_qkv([33, 33, 7], 1, 32, device=device)
     grad = gradient(qkv)
-    first, second = (run(varlen_attention, qkv, cu_seqlens, grad, 64) for _ in range(2))
+    first, second = (run(varlen_attention, qkv, cu_seqlens, grad, 33) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
@@ -225,7 +245,7 @@ def test_inference_gives_the_same_and_keeps_nothing(device):
 
 
 def test_autocast_and_checkpointing_change_nothing(device):
-    qkv, cu_seqlens = packed_qkv([9, 14, 14], 2, 32, device=device)
+    qkv, cu_seqlens = packed_qkv([9, 14, 14], 1, 32, device=device)
     grad = gradient(qkv)
     expected = run(varlen_attention, qkv, cu_seqlens, grad, 16)
 
@@ -238,17 +258,17 @@ def test_autocast_and_checkpointing_change_nothing(device):
     assert torch.equal(actual[1], expected[1])
 
 
-def test_compiles_to_one_graph_over_changing_lengths(device, monkeypatch):
-    monkeypatch.setattr(attention_torch, "LONGEST_PRODUCT", 0)  # a compiler gets the fused way alone
-
+@registered_paths
+def test_compiles_to_one_graph_over_changing_lengths(device):
     def step(qkv, cu_seqlens):
         return varlen_attention(*(qkv * 2).unbind(1), cu_seqlens, 32) * 3
 
     # Not two sequences first: that makes 3 entries of cu_seqlens, which the compiler takes for the 3 of qkv.
-    samples = [packed_qkv(lengths, 2, 24, device=device) for lengths in ([3, 9, 1, 2], [8, 30], [2, 0, 5, 5, 4])]
+    samples = [packed_qkv(lengths, 2, 24, device=device) for lengths in ([3, 9, 1, 2], [8, 10], [2, 0, 5, 5, 4])]
     assert_compiles_once(step, [(qkv.requires_grad_(), cu_seqlens) for qkv, cu_seqlens in samples])
 
 
+@registered_paths
 def test_opcheck(device):
     backend = "torch" if os.environ["IJEPA_KERNELS"] == "torch" else "triton"
     qkv, cu_seqlens = packed_qkv([3, 0, 4], 1, 16, device=device)

@@ -1,4 +1,5 @@
-"""IJEPA_KERNELS: what it chooses at each call and, in processes of their own, what it does at import."""
+"""IJEPA_KERNELS: what it chooses at each call and, in other processes, what it does at import."""
+import json
 import os
 import re
 import subprocess
@@ -24,31 +25,53 @@ assert target[0].tolist() == [0.5, 0.5, 0.5]
 """
 
 
-def run(code: str, **environment: str) -> subprocess.CompletedProcess:
+# At import: what runs, and the environment that it runs in. Without triton is as on Windows and macOS.
+IMPORTS = {
+    "interpret": (STEP + "assert dispatch.INTERPRETED", {"IJEPA_KERNELS": "interpret"}),
+    "interpret, triton imported before": ("import triton\n" + STEP, {"IJEPA_KERNELS": "interpret"}),
+    "without triton": ("import sys\nsys.modules['triton'] = None\n" + STEP, {}),
+    "without triton, asked for it": ("import sys\nsys.modules['triton'] = None\n" + STEP, {"IJEPA_KERNELS": "triton"}),
+}
+# A fork for each: what costs time is to import torch, which they share.
+FORKS = """
+import json, os, sys, traceback, torch
+assert not any(name.partition(".")[0] in ("triton", "ijepa_kernels") for name in sys.modules)
+for code, environment in json.load(sys.stdin):
+    if not os.fork():
+        os.environ.update(environment)
+        try:
+            exec(code, {})
+            print("done", flush=True)
+        except Exception:
+            print(traceback.format_exc(), flush=True)
+        os._exit(0)
+    os.wait()
+    print("-----", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def imports() -> dict[str, str]:
+    """The last line that each of IMPORTS left: "done" or its error."""
     clean = {k: v for k, v in os.environ.items() if k not in ("IJEPA_KERNELS", "TRITON_INTERPRET")}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=clean | environment, capture_output=True, text=True, timeout=300)
+    script, jobs = [sys.executable, "-c", FORKS], json.dumps(list(IMPORTS.values()))
+    result = subprocess.run(script, input=jobs, env=clean, capture_output=True, text=True, timeout=300, check=True)
+    outputs = result.stdout.split("-----\n")[:-1]
+    return {name: out.strip().splitlines()[-1] for name, out in zip(IMPORTS, outputs, strict=True)}
 
 
 @pytest.mark.long
-def test_interpret_needs_no_other_setting():
-    result = run(STEP + "assert dispatch.INTERPRETED", IJEPA_KERNELS="interpret")
-    assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.long
-def test_interpret_after_triton_was_imported_says_so():
-    result = run("import triton\n" + STEP, IJEPA_KERNELS="interpret")
-    assert "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set before" in result.stderr
-
-
-@pytest.mark.long
-def test_without_triton():
-    """As on Windows and macOS: the package imports, auto runs PyTorch, and asking for Triton says what is missing."""
-    asks = "\nos.environ['IJEPA_KERNELS'] = 'triton'\nema_update_(target, target, 0.5)"
-    result = run("import sys; sys.modules['triton'] = None\n" + STEP + "print('done')" + asks)
-    assert result.stdout == "done\n", result.stderr
-    assert "ValueError: IJEPA_KERNELS=triton, but triton is not installed" in result.stderr
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("interpret", "done"),
+        ("interpret, triton imported before", "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set"),
+        ("without triton", "done"),
+        ("without triton, asked for it", "ValueError: IJEPA_KERNELS=triton, but triton is not installed"),
+    ],
+)
+def test_at_import(imports, name, says):
+    assert imports[name].startswith(says)
 
 
 def test_the_mode_is_read_at_every_call(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-STEPS, BATCH, PATCHES, DIM = 20, 4, 16, 32
+STEPS, BATCH, PATCHES, DIM = 12, 4, 16, 32
 
 
 class ForeignEncoder(nn.Module):

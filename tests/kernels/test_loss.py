@@ -249,9 +249,8 @@ def test_without_grad_nothing_is_kept(device):
     assert gradient.numel() == 0
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_opcheck(device, dtype):
-    pred, target, packed = inputs(device, dtype=dtype)
+def test_opcheck(device):
+    pred, target, packed = inputs(device, dtype=torch.float16)  # whose gradient is fp32
     torch.library.opcheck(_forward_op, (pred, target, *packed, "smooth_l1", 1.0, True, 1e-5, 99.0, True))
     torch.library.opcheck(_forward_op, (pred.detach(), target, *packed, "l2", 1.0, False, 1e-5, None, False))
 

@@ -139,10 +139,10 @@ def test_tokens_in_bf16(device, frozen):
 
 def test_two_runs_are_bitwise_equal(reproducible_device):
     images = random_images(2, 16, 16, torch.uint8, device=reproducible_device)
-    packed = random_packed([4] * 12, 4, 2, device=reproducible_device)
+    packed = random_packed([4] * 6, 4, 2, device=reproducible_device)
     shapes = [(8, 3, 8, 8), (8,), (4, 8)]
     leaves = [torch.randn(shape, device=reproducible_device, requires_grad=True) for shape in shapes]
-    grad = torch.randn(48, 8, device=reproducible_device)
+    grad = torch.randn(24, 8, device=reproducible_device)
     runs = [torch.autograd.grad(embed_patches(images, packed, *leaves, patch_size=8), leaves, grad) for _ in range(2)]
     for a, b in zip(*runs, strict=True):
         assert torch.equal(a, b)
@@ -207,10 +207,9 @@ def test_expanded_gradient(device):
         torch.testing.assert_close(leaf.grad.double(), leaf64.grad, rtol=0, atol=18 * 48 * 2**-24)  # 18 terms below 2.7
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(device, dtype):
-    images, packed, weight, bias, pos_embed = inputs(device)
-    arguments = *packed, 4, list(IMAGENET_MEAN), list(IMAGENET_STD), dtype
+def test_opcheck(device):
+    images, packed, weight, bias, pos_embed = inputs(device, lengths=(5, 0, 12), dim=8)
+    arguments = *packed, 4, list(IMAGENET_MEAN), list(IMAGENET_STD), torch.bfloat16  # not the weight's
     torch.library.opcheck(op._gather_op, (images, *arguments))
     for position in (pos_embed.detach(), None):
         torch.library.opcheck(op._embed_op, (images, weight, bias, position, *arguments))

@@ -47,7 +47,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("context_lengths", "target_lengths", "context_of"), CASES.values(), ids=CASES)
-@pytest.mark.parametrize(("dim", "frozen"), [(1, True), (63, True), (63, False), (192, True)])
+@pytest.mark.parametrize(("dim", "frozen"), [(1, True), (63, False), (192, True)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_a_loop_in_float64(device, context_lengths, target_lengths, context_of, dim, dtype, frozen):
     leaves, *packs, context_of = sample(context_lengths, target_lengths, context_of, dim, dtype=dtype, device=device)
@@ -155,8 +155,8 @@ def test_writes_its_outputs_and_nothing_else(kernel_device, dim, monkeypatch):
     assert torch.equal(grads[1], torch.full_like(grads[1], 28))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(device, dtype):
+def test_opcheck(device):
+    dtype = torch.bfloat16
     leaves, context, target, context_of = sample([5, 0], [2, 4, 1, 3], [0, 1] * 2, 16, device=device, dtype=dtype)
     leaves[2].requires_grad_(False)
     arguments = *context, *target, context_of
@@ -166,13 +166,12 @@ def test_opcheck(device, dtype):
     torch.library.opcheck(op._backward_op, (grad, cu_seqlens, *arguments))
 
 
-@pytest.mark.parametrize("matched", [False, True])
-def test_compiles_to_one_graph_over_changing_token_counts(device, matched):
+def test_compiles_to_one_graph_over_changing_token_counts(device):
     def step(context, mask_token, pos_embed, context_packed, target_packed, context_of):
-        tokens, _, mask_rows = predictor_tokens(
-            context * 2, mask_token, pos_embed, context_packed, target_packed, None if matched else context_of
-        )
-        return tokens.index_select(0, mask_rows) * 3 + tokens.sum(0)
+        arguments = context * 2, mask_token, pos_embed, context_packed, target_packed
+        tokens, _, mask_rows = predictor_tokens(*arguments, context_of)
+        matched, _, _ = predictor_tokens(*arguments)  # by image
+        return tokens.index_select(0, mask_rows) * 3 + matched.sum(0)
 
     inputs = []
     for lengths in ([3, 5], [2, 11], [7, 1]):

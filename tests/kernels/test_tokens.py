@@ -88,12 +88,11 @@ def test_rows_nobody_takes_get_zero(device):
     assert torch.equal(x.grad, want)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(device, dtype):
+def test_opcheck(device):
     packed = random_packed([5, 0, 7], 16, 2, device=device)
-    x = torch.randn(2, 16, 24, device=device).to(dtype).requires_grad_()
+    x = torch.randn(2, 16, 24, device=device).bfloat16().requires_grad_()
     torch.library.opcheck(op._forward_op, (x, *packed))
-    torch.library.opcheck(op._backward_op, (torch.randn(12, 24, device=device).to(dtype), *packed, 2, 16))
+    torch.library.opcheck(op._backward_op, (torch.randn(12, 24, device=device).bfloat16(), *packed, 2, 16))
 
 
 def test_compiles_to_one_graph_over_changing_token_counts(device):
@@ -104,8 +103,8 @@ def test_compiles_to_one_graph_over_changing_token_counts(device):
 
 def test_apply_masks_compiles_to_one_graph(device):
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 40, 24, generator=g).to(device).requires_grad_()
-    masks = [[torch.randint(40, (3, k), generator=g).to(device) for _ in range(2)] for k in (7, 11, 5)]
+    x = torch.randn(3, 20, 24, generator=g).to(device).requires_grad_()
+    masks = [[torch.randint(20, (3, k), generator=g).to(device) for _ in range(2)] for k in (7, 11, 5)]
     assert_compiles_once(lambda x, masks: apply_masks(x * 2, masks), [(x, m) for m in masks])
 
 
