@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import attention_triton
+from .compat import assume_constant_result
 from .dispatch import HAS_TRITON, INTERPRETED, MODES
 
 # Where our kernel was measured to be faster than every usable library: (head_dim, dtype, sm major). It is empty, for no
@@ -180,7 +181,7 @@ def _order(case: _Case) -> list[str]:
     return order
 
 
-@torch.compiler.assume_constant_result  # a compiler calls it and does not trace it
+@assume_constant_result  # a compiler calls it and does not trace it
 def choose(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str = "auto") -> str:
     """The name of the backend to use. Raises ValueError where the one that is named cannot be used."""
     mode = os.environ.get("IJEPA_KERNELS", "auto")

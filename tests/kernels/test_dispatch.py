@@ -29,6 +29,7 @@ assert target[0].tolist() == [0.5, 0.5, 0.5]
 IMPORTS = {
     "interpret": (STEP + "assert dispatch.INTERPRETED", {"IJEPA_KERNELS": "interpret"}),
     "interpret, triton imported before": ("import triton\n" + STEP, {"IJEPA_KERNELS": "interpret"}),
+    "light": ("import sys, ijepa_kernels\nassert 'torch._dynamo' not in sys.modules", {}),
     "without triton": ("import sys\nsys.modules['triton'] = None\n" + STEP, {}),
     "without triton, asked for it": ("import sys\nsys.modules['triton'] = None\n" + STEP, {"IJEPA_KERNELS": "triton"}),
 }
@@ -66,6 +67,7 @@ def imports() -> dict[str, str]:
     [
         ("interpret", "done"),
         ("interpret, triton imported before", "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set"),
+        ("light", "done"),
         ("without triton", "done"),
         ("without triton, asked for it", "ValueError: IJEPA_KERNELS=triton, but triton is not installed"),
     ],
@@ -103,6 +105,16 @@ def test_plain_eager_sees_modes_and_compilers():
     torch._dynamo.reset()
     step = torch.compile(lambda: torch.tensor(registration.is_plain_eager()), backend="eager", fullgraph=True)
     assert not step()
+
+
+def test_a_compiler_does_not_trace_what_is_assumed_constant():
+    @compat.assume_constant_result
+    def two() -> int:
+        torch._dynamo.graph_break()  # an error where it is traced
+        return 2
+
+    torch._dynamo.reset()
+    assert torch.compile(lambda x: x * two(), backend="eager", fullgraph=True)(torch.ones(1)).item() == 2
 
 
 def test_private_names_of_pytorch_stand_in_compat():
