@@ -3,6 +3,7 @@
     python -m ijepa_kernels.aot                                       prints the table
     python -m ijepa_kernels.aot --markdown docs/kernels_compiled.md   writes it
     python -m ijepa_kernels.aot --module loss --arch 90               one file's kernels, one chip
+    python -m ijepa_kernels.aot --widest                              one configuration of each kind of kernel
 
 A file that has kernels lists its configurations in a function `shipped() -> list[Shipped]`:
 
@@ -78,6 +79,16 @@ def configurations() -> list[tuple[str, int]]:
         if callable(lists) and lists.__module__ == module.name:  # not imported from another module
             found += [(module.name, i) for i in range(len(lists()))]
     return found
+
+
+def widest(work: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Of configurations that differ in sizes alone the last: the widest, for the tables go from small to large."""
+    last = {}
+    for module, position in work:
+        ship: Shipped = importlib.import_module(module).shipped()[position]
+        kinds = [value for value in ship.constexprs.values() if type(value) is not int]
+        last[(module, ship.kernel.__name__, str(ship.signature), str(kinds))] = module, position
+    return list(last.values())
 
 
 def compile_one(module: str, position: int, arch: int) -> Compiled:
@@ -168,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ijepa_kernels.aot", description=__doc__.partition("\n")[0])
     parser.add_argument("--module", nargs="+", help="only these, as in `loss ema`")
     parser.add_argument("--arch", nargs="+", type=int, choices=ARCHS, default=ARCHS)
+    parser.add_argument("--widest", action="store_true", help="of configurations that differ in sizes alone, only one")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -175,7 +187,8 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled in the same process")
     only = args.module and {f"ijepa_kernels.{name}" for name in args.module}
-    work = [(name, i, arch) for name, i in configurations() if not only or name in only for arch in args.arch]
+    shipped = [(name, i) for name, i in configurations() if not only or name in only]
+    work = [(name, i, arch) for name, i in (widest(shipped) if args.widest else shipped) for arch in args.arch]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(compile_one, *zip(*work, strict=True)))
     if args.json:
