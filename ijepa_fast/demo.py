@@ -1,28 +1,24 @@
 """The whole of I-JEPA in minutes: `python -m ijepa_fast.demo --config configs/demo.yaml [section.key=value ...]`.
 
-Pretrains on the real photographs that scikit-image and scikit-learn ship, or on your own, and ends with a table of what
-the features know of them before and after. Nothing is downloaded.
+Pretrains on the real photographs that scikit-image and scikit-learn ship, or on your own, and ends with a table and a
+picture of what the predictor knows of hidden blocks before and after. Nothing is downloaded.
 """
 import argparse
 import sys
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
 
 from ijepa_fast import distributed
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
-from ijepa_fast.data.pipeline import ImageSource
-from ijepa_fast.data.sampler import crop_boxes
-from ijepa_fast.errors import DecodeError, UserError
-from ijepa_fast.evaluate import evenly, knn_accuracy, pooled
+from ijepa_fast.evaluate import evenly
+from ijepa_fast.memory import memory_advice
+from ijepa_fast.retrieval import accuracy, ask, photograph_accuracy, retrieve, retrieve_by_colour
+from ijepa_fast.retrieval_sheet import retrieval_sheet
 from ijepa_fast.run import Run, build_run, initial_models
 from ijepa_fast.train import train
 
@@ -41,7 +37,6 @@ PHOTOGRAPHS = {
     "sklearn.datasets.images": ("china.jpg", "flower.jpg"),
 }
 IN_TABLE = 10  # photographs at most
-CROPS = 20  # of each half of a photograph
 
 
 def write_photographs(folder: Path) -> list[Path]:
@@ -64,68 +59,43 @@ def write_photographs(folder: Path) -> list[Path]:
     return written
 
 
-def crop_knn(
-    encoders: Mapping[str, nn.Module], source: ImageSource, *, most: int, device: torch.device
-) -> tuple[dict[str, float], int]:
-    """k-NN accuracy at telling which photograph a crop comes from; needs no labels.
-
-    Bank crops lie in one half of a photograph (cut across its longer side), query crops in the other, so they share no
-    pixel. Beside each encoder stand "chance" and "mean colour" (the crop's mean RGB as its feature). Also returns
-    the number of photographs: at most `most`, spread evenly over `source`.
-    """
-    ids = evenly(len(source.index), most)
-    bank, queries = _half_crops(source, ids, 0), _half_crops(source, ids, 1)
-    labels = torch.arange(len(ids), device=device).repeat_interleave(CROPS)
-    accuracy = {"chance": 1 / len(ids)}
-    colour = [(half.float().mean(dim=(1, 2)) - 127.5).to(device) for half in (bank, queries)]
-    accuracy["mean colour"] = knn_accuracy(colour[0], labels, colour[1], labels)
-    for name, encoder in encoders.items():
-        features = [
-            torch.cat([pooled(encoder, some.to(device)) for some in half.split(CROPS)]) for half in (bank, queries)
-        ]
-        accuracy[name] = knn_accuracy(features[0], labels, features[1], labels)
-    return accuracy, len(ids)
-
-
-def _half_crops(source: ImageSource, ids: np.ndarray, half: int) -> Tensor:
-    """CROPS random crops of one half of each photograph, uint8 `[len(ids) * CROPS, S, S, 3]`."""
-    crops = []
-    for encoded, record, i in zip(source.reader.read(ids), source.index.records[ids], ids, strict=True):
-        width, height = int(record["width"]), int(record["height"])
-        wide = width >= height
-        half_width, half_height = (width // 2, height) if wide else (width, height // 2)
-        sizes = np.full(CROPS, half_width), np.full(CROPS, half_height)
-        numbers = i * 2 * CROPS + half * CROPS + np.arange(CROPS)  # each crop has its own, in both halves
-        boxes = crop_boxes(0, 0, numbers, *sizes, (0.3, 1.0))
-        if half == 1:
-            boxes[:, 0 if wide else 1] += half_width if wide else half_height
-        try:
-            crops.append(source.decoder.decode([encoded] * CROPS, boxes, source.image_size))
-        except DecodeError as error:
-            path = source.index.path(i)
-            raise UserError(f"{path} cannot be decoded: {error.reason}; remove or replace it") from None
-    return torch.cat(crops)
-
-
-def show_crop_knn(run: Run, console: Console) -> None:
-    """What the features know of the photographs before and after pretraining, in a table."""
-    device, before = run.world.device, initial_models(run.config, run.world.device)[0]
-    encoders = {"features before": before.to(device), "features after": run.state.target_encoder}
-    accuracy, photographs = crop_knn(encoders, run.data.source, most=IN_TABLE, device=device)
-    table = Table("Which photograph is a crop from?", "k-NN accuracy")
-    for name, value in accuracy.items():
-        table.add_row(name, f"{value:.1%}")
+def show_retrieval(run: Run, console: Console) -> None:
+    """What the predictor knows of hidden blocks before and after pretraining: a table, and a picture in the folder."""
+    config, device, source = run.config, run.world.device, run.data.source
+    ids = evenly(len(source.index), IN_TABLE)
+    questions = ask(source, ids, config.mask, config.grid, config.data.crop_scale[0])
+    encoder, predictor = (model.to(device) for model in initial_models(config, device))
+    trained = run.state.encoder, run.state.predictor, run.state.target_encoder
+    with memory_advice(config.optim.micro_batch):
+        picks = {
+            "mean colour of the context nearby": retrieve_by_colour(questions, config.grid),
+            "predictor before": retrieve(questions, encoder, predictor, encoder),  # the target starts as a copy
+            "predictor after": retrieve(questions, *trained),
+        }
+        if len(ids) > 1:
+            picks["predictor after, shown another photograph"] = retrieve(questions, *trained, wrong_context=True)
+    candidates = len(questions.crops) * len(ids)
+    table = Table("Which block is hidden?", "the block", "its photograph")
+    table.add_row("chance", f"{1 / candidates:.1%}", f"{1 / len(ids):.1%}")
+    for name, picked in picks.items():
+        table.add_row(name, f"{accuracy(questions, picked):.1%}", f"{photograph_accuracy(questions, picked):.1%}")
     console.print(table)
     console.print(
-        f"{photographs} photographs; the crops that vote and those that ask come from different halves of each. "
-        f"Minutes on a few images show that every part works; whether features get better takes more of both."
+        f"Shown the context of a crop alone, the predictor picks the hidden block among the blocks at that place in "
+        f"{candidates} crops of {len(ids)} photographs, all of which it was trained on. "
+        f"{questions.answers().numel()} questions, the same for every seed."
     )
+    if run.world.is_main:
+        path = config.train.folder / "retrieval.png"
+        before, after = (picks[f"predictor {when}"].cpu() for when in ("before", "after"))
+        retrieval_sheet(questions, before, after, config.model.patch_size, path)
+        console.print(f"picture     {path}", markup=False)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m ijepa_fast.demo",
-        description="Pretrain on a few photographs, and show what the features know of them before and after.",
+        description="Pretrain on a few photographs, and show whether the predictor knows what is hidden from it.",
         epilog="Photographs are put into data.root where there is no such folder; another one is used as it is.",
     )
     parser.add_argument("--config", required=True, help="configs/demo.yaml")
@@ -139,10 +109,10 @@ def main(argv: list[str] | None = None) -> None:
     config, _ = load_config(args.config, args.overrides)
     if not config.data.root.exists():
         write_photographs(config.data.root)
-    console = Console(highlight=False, soft_wrap=True)
     with distributed.join(config) as world, build_run(config, world) as run:
-        train(run, console, resume=False)
-        show_crop_knn(run, console)
+        console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
+        if train(run, console, resume=False):
+            show_retrieval(run, console)
 
 
 if __name__ == "__main__":

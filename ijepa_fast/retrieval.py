@@ -54,8 +54,8 @@ def ask(source: ImageSource, ids: np.ndarray, mask: MaskConfig, grid: int, scale
     """
     crops = []
     for encoded, record, i in zip(source.reader.read(ids), source.index.records[ids], ids, strict=True):
-        sizes = (np.full(CANDIDATES, record[side]) for side in ("width", "height"))
-        boxes = crop_boxes(_SEED, 0, i * CANDIDATES + np.arange(CANDIDATES), *sizes, (scale, scale))
+        width, height = (np.full(CANDIDATES, record[side]) for side in ("width", "height"))
+        boxes = crop_boxes(_SEED, 0, i * CANDIDATES + np.arange(CANDIDATES), width, height, (scale, scale))
         try:
             crops.append(source.decoder.decode([encoded] * CANDIDATES, boxes, source.image_size))
         except DecodeError as error:

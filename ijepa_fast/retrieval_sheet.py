@@ -1,6 +1,7 @@
 """The picture of `retrieval`: context, hidden block, and what the predictor picked for it before and after."""
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -53,16 +54,16 @@ def retrieval_sheet(questions: Questions, before: Tensor, after: Tensor, patch_s
             panels.append(_show(pasted, context | block, cell))
             edges.append(_RIGHT if pick == photograph else _NEAR if pick % photographs == photograph else _WRONG)
         patch_rows, patch_columns = np.nonzero(block)
-        corner = left + patch_columns.min() * cell, patch_rows.min() * cell
-        sides = (np.ptp(patch_columns) + 1) * cell, (np.ptp(patch_rows) + 1) * cell
+        x, y = left + int(patch_columns.min()) * cell, int(patch_rows.min()) * cell
+        across, down = (int(np.ptp(part) + 1) * cell for part in (patch_columns, patch_rows))
         for top, pixels, edge in zip(tops, panels, edges, strict=True):
             canvas[top : top + panel, left : left + panel] = pixels
-            sheet.add_patch(Rectangle((corner[0], top + corner[1]), *sides, fill=False, edgecolor=edge, linewidth=1.2))
+            sheet.add_patch(Rectangle((x, top + y), across, down, fill=False, edgecolor=edge, linewidth=1.2))
 
     title = "What is behind the frame? The predictor picks one of the blocks of all crops, before and after pretraining"
     sheet.text(_MARGIN, 18, title, color=_INK, fontsize=min(11, width / 118), fontweight="bold", va="top")
     facts = f"one of {len(images)} blocks from {crops} crops of each of {photographs} photographs;  its pick is"
-    line = {"fontsize": min(7.5, width / 170), "va": "top"}
+    line: dict[str, Any] = {"fontsize": min(7.5, width / 170), "va": "top"}
     end = sheet.text(_MARGIN, 54, facts, color=_FAINT, **line)
     meanings = ("the hidden block", _RIGHT), ("from the same photograph", _NEAR), ("from another photograph", _WRONG)
     for words, colour in meanings:

@@ -71,8 +71,9 @@ def main(argv: list[str] | None = None) -> None:
         raise KeyboardInterrupt("--resume goes on from the last checkpoint, if there is one") from None
 
 
-def train(run: Run, console: Console, *, resume: bool) -> None:
-    """From step 0, or from the latest checkpoint, to the recipe's end or a signal."""
+def train(run: Run, console: Console, *, resume: bool) -> bool:
+    """From step 0, or from the latest checkpoint, to the recipe's end or a signal. Returns whether it came to the end.
+    """
     config, world, loader = run.config, run.world, run.data.loader
     index = run.data.source.index
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
@@ -124,6 +125,7 @@ def train(run: Run, console: Console, *, resume: bool) -> None:
         console.print(f"Stopped after step {done} of {total}. The same command with --resume goes on.")
     world.barrier()
     stop.requeue()
+    return done == total
 
 
 def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:

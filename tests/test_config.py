@@ -83,10 +83,6 @@ def test_recipe_spells_out_only_known_sections_and_loads_back(recipe, tmp_path):
     assert load(config.to_yaml(), folder=tmp_path) == config
 
 
-def test_demo_keeps_the_grid_of_the_real_recipes():
-    assert load_config(CONFIGS / "demo.yaml")[0].grid == load_config(CONFIGS / "vitb16_in1k.yaml")[0].grid == 14
-
-
 def test_overrides_are_yaml_values(tmp_path):
     config = load(
         "data: {root: a}",
