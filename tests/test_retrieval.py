@@ -127,6 +127,20 @@ def test_colour_looks_at_the_context_alone(questions):
     assert not torch.equal(of_shown, of_nothing)
 
 
+def test_colour_is_that_of_the_nearest_patches(questions):
+    """Context patches away from a block turn white, its neighbours stay: then it is found as before."""
+    shown, block = questions.contexts()[0], questions.blocks()[0]
+    away = [max(abs(int(p) // GRID - int(b) // GRID), abs(int(p) % GRID - int(b) % GRID)) for p in shown for b in block]
+    distance = torch.tensor(away).view(len(shown), len(block)).amin(1)
+    crops = questions.crops.clone()
+    for patch in shown[distance > distance.min()].tolist():
+        row, column = (slice(PATCH * part, PATCH * (part + 1)) for part in divmod(patch, GRID))
+        crops[:, 0, row, column] = 255
+    assert (distance > distance.min()).any()
+    picks = retrieve_by_colour(Questions(crops, questions.masks), GRID)
+    assert torch.equal(picks[:, 0], questions.answers()[:, 0])
+
+
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photographs")
