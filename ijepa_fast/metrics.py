@@ -8,13 +8,13 @@ import csv
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
@@ -236,6 +236,15 @@ class _TimeLeft(ProgressColumn):
         return Text((f"{days} d " if days else "") + f"{hours}:{rest // 60:02d}:{rest % 60:02d} left", style="cyan")
 
 
+class _BarOverNumbers(Progress):
+    """The numbers have lines of their own: as a column they would leave the bar and the time left no room."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            yield Text(task.fields["numbers"])
+
+
 class Bar:
     """The progress bar, or, where output is no terminal or `shown` is off, a line at every report."""
 
@@ -243,12 +252,11 @@ class Bar:
         self.console, self.total_steps, self.epochs = console, total_steps, epochs
         self._progress = None
         if shown and console.is_terminal:
-            self._progress = Progress(
+            self._progress = _BarOverNumbers(
                 TextColumn("{task.description}"),
                 BarColumn(),
                 TextColumn("{task.completed}/{task.total}"),
                 _TimeLeft(),
-                TextColumn("\n{task.fields[numbers]}"),
                 console=console,
                 refresh_per_second=5,
             )

@@ -277,9 +277,11 @@ def test_token_counts_are_those_of_the_transformers(contexts):
     assert counts.target / counts.targets == sum(target) / (images * contexts * 3)
 
 
-def report(*, terminal: bool, shown: bool, left: float = 90.0, mfu: float | None = 0.417) -> str:
+def report(
+    *, terminal: bool, shown: bool, left: float = 90.0, mfu: float | None = 0.417, width: int = 200
+) -> str:
     with open(os.devnull, "w") as sink:
-        console = Console(file=sink, force_terminal=terminal, width=200, record=True)
+        console = Console(file=sink, force_terminal=terminal, width=width, record=True)
         bar = Bar(console, 10, 100, epochs=4, shown=shown)
         bar.advance(40)
         numbers = {"loss": 0.25, "lr": 1e-3, "momentum": 0.9975, "images_s": 320.5, "tokens_s": 123456.0}
@@ -296,6 +298,15 @@ def test_progress_tells_what_is_asked_for(terminal, shown):
                   "123456 tokens/s", "MFU 41.7%", "data wait 3%"):  # fmt: skip
         assert words in text
     assert ("0:01:30 left" if terminal and shown else "1.5 min left") in text
+
+
+@pytest.mark.parametrize("width", [80, 110])
+def test_bar_and_time_left_show_whole_on_a_narrow_terminal(width):
+    text = report(terminal=True, shown=True, width=width)
+    whole = [line for line in text.splitlines() if "epoch 2/4" in line and "40/100 0:01:30 left" in line]
+    assert whole
+    assert all(line.count("\N{BOX DRAWINGS HEAVY HORIZONTAL}") >= 35 for line in whole)
+    assert "data wait 3%" in " ".join(text.split())
 
 
 def test_progress_without_a_known_peak():
