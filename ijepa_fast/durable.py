@@ -1,7 +1,12 @@
 """Files that are whole or not there, also after a full disk, a kill or a power cut."""
+import contextlib
 import os
+import shutil
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+
+from ijepa_fast.errors import UserError
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -34,3 +39,26 @@ def checksum(path: Path) -> list[int]:
         while chunk := file.read(1 << 22):
             crc = zlib.crc32(chunk, crc)
         return [file.tell(), crc]
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to fill, which gets the name `path` once it is whole; an error leaves nothing.
+
+    Raises UserError where `path` is there already and is not an empty folder.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} is there already; choose a new folder, or remove it first")
+    temporary = path.with_name(f".writing_{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

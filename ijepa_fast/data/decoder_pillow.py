@@ -56,11 +56,16 @@ class PillowDecoder:
         self._pool.shutdown(cancel_futures=True)
 
 
-def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
+def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
+    """The pixels of `box` (left, top, width, height), resized to `size` x `size` RGB."""
     left, top, width, height = box
+    if left < 0 or top < 0 or left + width > image.width or top + height > image.height:
+        raise ValueError(f"its {image.width} x {image.height} pixels do not hold the box {box}")
+    # Converting is pixel by pixel, so it may come after the crop, where there is less to convert.
+    cropped = image.crop((left, top, left + width, top + height)).convert("RGB")
+    return cropped.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
     with open_image(io.BytesIO(encoded)) as image:
-        if left < 0 or top < 0 or left + width > image.width or top + height > image.height:
-            raise ValueError(f"its {image.width} x {image.height} pixels do not hold the box {box}")
-        # Converting is pixel by pixel, so it may come after the crop, where there is less to convert.
-        cropped = image.crop((left, top, left + width, top + height)).convert("RGB")
-        return cropped.resize((size, size), Image.Resampling.BILINEAR)
+        return crop(image, box, size)

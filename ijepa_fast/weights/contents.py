@@ -15,6 +15,7 @@ from ijepa_fast.errors import UserError
 from ijepa_fast.model import SIZES, Predictor, Size, VisionTransformer
 
 Weights = dict[str, Tensor]
+SECTIONS = {"context": "encoder", "target": "target_encoder"}  # our encoders, and what files call them
 
 
 class Contents(NamedTuple):
@@ -35,6 +36,47 @@ class Architecture(NamedTuple):
     size: Size
     patch_size: int  # pixels
     grid: tuple[int, int]  # patches from top to bottom, from left to right
+
+
+def sort_sections(flat: Weights, where: str) -> tuple[dict[str, Weights], Weights | None]:
+    """Encoders and predictor of tensors named `encoder.*`, `target_encoder.*`, `predictor.*`.
+
+    Names without any of these prefixes are one encoder's. It is taken for the context encoder, which is what those who
+    publish a single one have published.
+    """
+    parts: dict[str, Weights] = {section: {} for section in (*SECTIONS.values(), "predictor")}
+    if not any(name.startswith(tuple(f"{section}." for section in parts)) for name in flat):
+        return {"context": flat}, None
+    for name, value in flat.items():
+        section, _, rest = name.partition(".")
+        if section not in parts:
+            raise UserError(f"{where} holds {name}, which belongs to none of {', '.join(parts)}")
+        parts[section][rest] = value
+    encoders = {which: parts[section] for which, section in SECTIONS.items() if parts[section]}
+    if not encoders:
+        raise UserError(f"{where} holds a predictor and no encoder")
+    return encoders, parts["predictor"] or None
+
+
+def architectures(contents: Contents, where: str) -> tuple[Architecture, Size | None]:
+    """Of encoders and predictor, every tensor checked. Raises UserError as below, and where the encoders differ."""
+    several = len(contents.encoders) > 1
+    found = {
+        which: encoder_architecture(
+            weights,
+            f"{where}: {SECTIONS[which]}" if several else where,
+            num_heads=contents.num_heads,
+            image_size=contents.image_size,
+        )
+        for which, weights in contents.encoders.items()
+    }
+    encoder = next(iter(found.values()))
+    if any(other != encoder for other in found.values()):
+        raise UserError(f"{where}: encoder and target_encoder are of different architectures")
+    if contents.predictor is None:
+        return encoder, None
+    where = f"{where}: predictor"
+    return encoder, predictor_size(contents.predictor, encoder, where, num_heads=contents.predictor_heads)
 
 
 def encoder_architecture(
