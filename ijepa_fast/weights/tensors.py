@@ -112,13 +112,20 @@ def write_folder(folder: Path, weights: Weights, shard_bytes: int = SHARD_BYTES)
         room -= value.nbytes
         shards[-1][name] = value.contiguous()
     if len(shards) == 1:
-        save_file(shards[0], folder / _WHOLE[0], metadata={"format": "pt"})  # transformers asks for this metadata
+        _save(shards[0], folder / _WHOLE[0])
         return
     shard_of: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        _save(shard, folder / file)
         shard_of |= dict.fromkeys(shard, file)
     size = {"total_size": sum(value.nbytes for value in weights.values())}
     index = json.dumps({"metadata": size, "weight_map": shard_of}, indent=1)
     (folder / f"{_WHOLE[0]}.index.json").write_text(index)
+
+
+def _save(weights: Weights, path: Path) -> None:
+    try:
+        save_file(weights, path, metadata={"format": "pt"})  # transformers asks for this metadata
+    except SafetensorError as error:  # the disk is full
+        raise UserError(f"{path} cannot be written: {error}") from None
