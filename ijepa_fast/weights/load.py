@@ -7,12 +7,13 @@ from torch import nn
 import ijepa_fast.weights.huggingface as huggingface
 import ijepa_fast.weights.ours as ours
 import ijepa_fast.weights.released as released
+import ijepa_fast.weights.timm as timm
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import Predictor, Size, VisionTransformer
 from ijepa_fast.weights.contents import Architecture, Contents, Weights, architectures
 from ijepa_fast.weights.model import Model
 
-FORMATS = (huggingface, ours, released)  # asked in this order
+FORMATS = (huggingface, timm, ours, released)  # asked in this order
 
 
 def load(path: str | Path, which: str = "target") -> Model:
