@@ -115,7 +115,7 @@ class Checkpoints:
             part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
             for part, named in tensors.items()
         }
-        self._pending = self._writer.submit(self._write, step, copies, config)
+        self._pending = self._writer.submit(self.write, step, copies, config)
 
     def wait(self) -> None:
         """Raises UserError where the checkpoint could not be written; those that were there before are untouched."""
@@ -131,8 +131,8 @@ class Checkpoints:
     def close(self) -> None:
         self._writer.shutdown()
 
-    def _write(self, step: int, tensors: dict[str, Any], config: Config) -> None:
-        """Runs in the background thread of every rank."""
+    def write(self, step: int, tensors: dict[str, Any], config: Config) -> None:
+        """Write a checkpoint of `tensors`, by part and name; every rank does. `begin` leaves it to a thread."""
         temporary = self.folder / f".writing_step_{step:08d}"
         with self._all_or_none(step, temporary):
             if self.world.is_main:
@@ -170,7 +170,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _all_or_none(self, step: int, temporary: Path) -> Iterator[None]:
-        """A stage of `_write`: where it fails on one rank, it fails on all, and the temporary folder is removed."""
+        """A stage of `write`: where it fails on one rank, it fails on all, and the temporary folder is removed."""
         try:
             with self.world.raise_on_all_ranks(self._group):
                 try:
