@@ -9,7 +9,7 @@ import re
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import SIZES, Predictor, Size, VisionTransformer
@@ -115,11 +115,10 @@ def encoder_architecture(
         raise UserError(f"{where}: its width {dim} is not a multiple of {size.num_heads} heads")
     if says is not None:
         _check_size(size, says, where)
-    with torch.device("meta"):
-        model = VisionTransformer(size, patch_size, patch_size, torch.float32, torch.float32)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    check_tensors(weights, expected | {"pos_embed": (1, positions, dim)}, where, "an I-JEPA encoder")
-    return Architecture(size, patch_size, grid)
+    architecture = Architecture(size, patch_size, grid)
+    expected = _shapes(empty_encoder(architecture)) | {"pos_embed": (1, positions, dim)}
+    check_tensors(weights, expected, where, "an I-JEPA encoder")
+    return architecture
 
 
 def predictor_size(weights: Weights, encoder: Architecture, where: str, *, num_heads: int | None = None) -> Size:
@@ -130,12 +129,29 @@ def predictor_size(weights: Weights, encoder: Architecture, where: str, *, num_h
     size = Size(dim, depth, num_heads or encoder.size.num_heads, mlp_dim)
     if dim % size.num_heads:
         raise UserError(f"{where}: its width {dim} is not a multiple of {size.num_heads} heads")
-    with torch.device("meta"):
-        model = Predictor(encoder.size.dim, size, 1, torch.float32, torch.float32)
-    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     positions = (1, encoder.grid[0] * encoder.grid[1], dim)
-    check_tensors(weights, expected | {"predictor_pos_embed": positions}, where, "a predictor of this encoder")
+    expected = _shapes(empty_predictor(encoder, size)) | {"predictor_pos_embed": positions}
+    check_tensors(weights, expected, where, "a predictor of this encoder")
     return size
+
+
+def empty_encoder(architecture: Architecture) -> VisionTransformer:
+    """On the meta device, in fp32. It is of a square grid, as high as the architecture's."""
+    image_size = architecture.grid[0] * architecture.patch_size
+    with torch.device("meta"):
+        return VisionTransformer(
+            architecture.size, image_size, architecture.patch_size, torch.float32, torch.float32
+        )
+
+
+def empty_predictor(encoder: Architecture, size: Size) -> Predictor:
+    """On the meta device, in fp32."""
+    with torch.device("meta"):
+        return Predictor(encoder.size.dim, size, encoder.grid[0], torch.float32, torch.float32)
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
 
 
 def check_tensors(weights: Weights, expected: dict[str, tuple[int, ...]], where: str, what: str) -> None:

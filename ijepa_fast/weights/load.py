@@ -1,5 +1,6 @@
 """From a path to a model, whatever the format: `ijepa_fast.load`."""
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -9,10 +10,10 @@ import ijepa_fast.weights.ours as ours
 import ijepa_fast.weights.released as released
 import ijepa_fast.weights.timm as timm
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import Predictor, Size, VisionTransformer
-from ijepa_fast.weights.contents import Architecture, Contents, Weights, architectures
+from ijepa_fast.weights.contents import Contents, Weights, architectures, empty_encoder, empty_predictor
 from ijepa_fast.weights.model import Model
 
+T = TypeVar("T", bound=nn.Module)
 FORMATS = (huggingface, timm, ours, released)  # asked in this order
 
 
@@ -39,13 +40,13 @@ def load(path: str | Path, which: str = "target") -> Model:
     if architecture.grid[0] != architecture.grid[1]:
         rows, columns = architecture.grid
         raise UserError(f"{path}: its images have {rows} x {columns} patches, where this model takes squares")
-    encoder = _encoder(architecture, contents.encoders[which])
+    encoder = _filled(empty_encoder(architecture), contents.encoders[which])
     if contents.predictor is None or predictor_size is None:
         return Model(encoder, None, encoder, which, contents.about).eval()
-    predictor = _predictor(architecture, predictor_size, contents.predictor)
+    predictor = _filled(empty_predictor(architecture, predictor_size), contents.predictor)
     context_encoder = encoder
     if which == "target" and "context" in contents.encoders:
-        context_encoder = _encoder(architecture, contents.encoders["context"])
+        context_encoder = _filled(empty_encoder(architecture), contents.encoders["context"])
     return Model(encoder, predictor, context_encoder, which, contents.about).eval()
 
 
@@ -62,23 +63,8 @@ def read(path: Path) -> Contents:
     )
 
 
-def _encoder(architecture: Architecture, weights: Weights) -> VisionTransformer:
-    image_size = architecture.grid[0] * architecture.patch_size
-    with torch.device("meta"):
-        encoder = VisionTransformer(
-            architecture.size, image_size, architecture.patch_size, torch.float32, torch.float32
-        )
-    _fill(encoder, weights)
-    return encoder
-
-
-def _predictor(architecture: Architecture, size: Size, weights: Weights) -> Predictor:
-    with torch.device("meta"):
-        predictor = Predictor(architecture.size.dim, size, architecture.grid[0], torch.float32, torch.float32)
-    _fill(predictor, weights)
-    return predictor
-
-
-def _fill(model: nn.Module, weights: Weights) -> None:
+def _filled(model: T, weights: Weights) -> T:
+    """`model`, which is empty, with these weights."""
     # Copies: those of the file may be mapped, and it may be written anew while the model lives.
     model.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in weights.items()}, assign=True)
+    return model

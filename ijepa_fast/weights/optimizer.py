@@ -10,22 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import Predictor, Size, VisionTransformer
-from ijepa_fast.weights.contents import Architecture, Weights
+from ijepa_fast.model import Size
+from ijepa_fast.weights.contents import Architecture, Weights, empty_encoder, empty_predictor
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def released_order(architecture: Architecture, predictor_size: Size) -> list[dict[str, nn.Parameter]]:
     """The four groups: names as in our checkpoints, and parameters without values."""
-    side, fp32 = architecture.grid[0], torch.float32
-    with torch.device("meta"):
-        models = {
-            "encoder": VisionTransformer(
-                architecture.size, side * architecture.patch_size, architecture.patch_size, fp32, fp32
-            ),
-            "predictor": Predictor(architecture.size.dim, predictor_size, side, fp32, fp32),
-        }
+    models = {"encoder": empty_encoder(architecture), "predictor": empty_predictor(architecture, predictor_size)}
     return [
         {
             f"{section}.{name}": parameter

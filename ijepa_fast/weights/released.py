@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.errors import UserError
-from ijepa_fast.weights.contents import Contents, Weights, sort_sections
+from ijepa_fast.weights.contents import Contents, Weights, architectures, empty_encoder, empty_predictor, sort_sections
 from ijepa_fast.weights.tensors import read_torch
 
 MODELS = ("encoder", "predictor", "target_encoder")
@@ -64,11 +64,14 @@ def write(path: Path, contents: Contents, which: None = None) -> None:
     parts: dict[str, Any] = models | dict.fromkeys(TRAINING) | (contents.training or {})
     if missing := [name for name in (*MODELS, "opt", "epoch") if parts[name] is None]:
         raise UserError(f"a released checkpoint needs {', '.join(missing)}, which the source does not hold")
-    for name in MODELS:
-        parts[name] = {_PREFIX + key: value for key, value in parts[name].items()}
+    architecture, predictor_size = architectures(contents, "the source")
+    assert predictor_size is not None
+    encoder, predictor = empty_encoder(architecture), empty_predictor(architecture, predictor_size)
+    for name, model in zip(MODELS, (encoder, predictor, encoder), strict=True):
+        parts[name] = {_PREFIX + key: parts[name][key] for key in model.state_dict()}  # in the model's order
     temporary = path.with_name(path.name + ".writing")
     try:
-        torch.save(parts | {"scaler": dict(_SCALER)}, temporary)
+        torch.save({name: parts[name] for name in (*MODELS, *TRAINING)} | {"scaler": dict(_SCALER)}, temporary)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # a full disk is a RuntimeError of torch's
         temporary.unlink(missing_ok=True)
