@@ -58,11 +58,18 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def open(
-        self, state: "TrainState", config: Config, *, resume: bool, report: Callable[[str], None] = lambda line: None
+        self,
+        state: "TrainState",
+        config: Config,
+        *,
+        resume: bool,
+        init: Callable[[], str | None] = lambda: None,
+        report: Callable[[str], None] = lambda line: None,
     ) -> int:
         """Begin in the run folder, or go on in it; returns the number of updates already done.
 
-        `report` gets a line on what was loaded. Raises UserError where a new run would write over an old one, where
+        `init` is called for a run that begins, and may give it other weights (train.init_from). `report` gets a line
+        on what was loaded. Raises UserError where a new run would write over an old one, where
         there is nothing to resume, and where the config would not continue the run.
         """
         self._check_folder(config, resume)
@@ -73,8 +80,8 @@ class Checkpoints:
         else:
             if resume:
                 report(f"{self.run_folder} holds no checkpoint yet: starting from step 0")
-            if config.train.init_from is not None:
-                report(f"weights from {init_from(config.train.init_from, state, self.world)}")
+            if said := init():
+                report(said)
         self._keep_config(config)
         return done
 
@@ -196,7 +203,7 @@ class Checkpoints:
                 report(f"checkpoint passed over: {problem}")
                 continue
             self._check_data(self.path(step))
-            load(self.path(step), state, weights_only=False)
+            load(self.path(step), state)
             return step, self.path(step)
         if self.steps():
             raise SharedError(f"no checkpoint in {self.folder} is whole; start anew in another train.folder")
@@ -236,19 +243,17 @@ def verify(path: Path, world: World) -> str | None:
     return next(filter(None, world.gather_objects(problem)), None)
 
 
-def load(path: Path, state: "TrainState", *, weights_only: bool) -> None:
+def load(path: Path, state: "TrainState") -> None:
     """Copy a verified checkpoint, written at any world size, into `state` in place."""
     tensors: dict[str, Any] = state.weights()
-    if not weights_only:
-        optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
-        tensors["optimizer"] = {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}
+    optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
+    tensors["optimizer"] = {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}
     reader = dcp.HuggingFaceStorageReader(str(path))
     _check_shapes(path, tensors, reader.read_metadata().state_dict_metadata)
     with compat.single_process_checkpoints():
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    if not weights_only:
-        optimizer |= tensors["optimizer"]
-        set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
+    optimizer |= tensors["optimizer"]
+    set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
 
 
 def find(path: Path, world: World) -> Path:
@@ -259,18 +264,6 @@ def find(path: Path, world: World) -> Path:
     if not run.steps():
         raise UserError(f"{path} is neither a checkpoint nor a run folder that holds one")
     return run.path(run.steps()[-1])
-
-
-def init_from(path: Path, state: "TrainState", world: World) -> Path:
-    """Load the weights, and nothing else, of a checkpoint folder or of the latest checkpoint of a run folder."""
-    try:
-        path = find(path, world)
-        if problem := verify(path, world):
-            raise UserError(problem)
-        load(path, state, weights_only=True)
-    except UserError as error:
-        raise SharedError(f"train.init_from: {error}") from None
-    return path
 
 
 def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ class OptimConfig(Section):
 class TrainConfig(Section):
     folder: UserPath = Path("runs/ijepa")  # everything a run writes
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    init_from: UserPath | None = None  # a checkpoint whose weights (only) the run starts from
+    init_from: UserPath | None = None  # weights of any format (ijepa_fast.load) to start from
     checkpoint_every: Count | None = None  # steps; left out: once an epoch
     keep_last: Count = 3  # checkpoints
 

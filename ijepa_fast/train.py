@@ -4,6 +4,7 @@ Reads top to bottom: the command line, the loop, what is logged, what is made at
 """
 import argparse
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -24,6 +25,7 @@ from ijepa_fast.preemption import StopSignal
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
 from ijepa_fast.view import draw_curves, masks_sheet, masks_title
+from ijepa_fast.weights.init_from import init_from
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -77,7 +79,8 @@ def train(run: Run, console: Console, *, resume: bool) -> bool:
     config, world, loader = run.config, run.world, run.data.loader
     index = run.data.source.index
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
-    first = done = checkpoints.open(run.state, config, resume=resume, report=console.print)
+    init = functools.partial(init_weights, run)
+    first = done = checkpoints.open(run.state, config, resume=resume, init=init, report=console.print)
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
@@ -126,6 +129,12 @@ def train(run: Run, console: Console, *, resume: bool) -> bool:
     world.barrier()
     stop.requeue()
     return done == total
+
+
+def init_weights(run: Run) -> str | None:
+    """Those of train.init_from, where the config names something."""
+    path = run.config.train.init_from
+    return init_from(path, run.state, run.world) if path is not None else None
 
 
 def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ijepa_fast import checkpoint, checkpoint_cli
-from ijepa_fast.checkpoint import Checkpoints, init_from, verify
+from ijepa_fast.checkpoint import Checkpoints, verify
 from ijepa_fast.config import Config, validate
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
@@ -314,35 +314,6 @@ def test_checkpoint_of_another_depth(two):
     other.encoder.extra = nn.Linear(2, 2)
     with pytest.raises(UserError, match=r"checkpoint of another model: it holds no encoder\.extra\.weight"):
         two[0].resume(other, print)
-
-
-@pytest.mark.parametrize("what", ["run folder", "checkpoint folder"])
-def test_init_from_takes_weights_and_nothing_else(what, two):
-    run, early, state = two
-    fresh = new_state(1, updates=1)
-    before = copy.deepcopy(fresh.optimizer.state_dict())
-    if what == "run folder":
-        assert init_from(run.folder.parent, fresh, ALONE) == run.path(5)
-    else:
-        assert init_from(run.path(2), fresh, ALONE) == run.path(2)
-    expected = tensors(state if what == "run folder" else early)
-    got = tensors(fresh)
-    for name, value in expected.items():
-        if not name.startswith("optimizer."):
-            assert torch.equal(got[name], value), name
-    after = fresh.optimizer.state_dict()
-    assert after["param_groups"] == before["param_groups"]
-    for i, values in before["state"].items():
-        assert all(torch.equal(values[name], after["state"][i][name]) for name in values)
-
-
-def test_init_from_what_holds_no_weights(two, tmp_path):
-    run, _, _ = two
-    with pytest.raises(UserError, match=r"train\.init_from: .*nowhere is neither a checkpoint nor a run folder"):
-        init_from(tmp_path / "nowhere", new_state(1), ALONE)
-    truncate(run.path(5))
-    with pytest.raises(UserError, match=r"train\.init_from: .*\.safetensors is damaged"):
-        init_from(run.path(5), new_state(1), ALONE)
 
 
 @contextlib.contextmanager

@@ -130,7 +130,7 @@ def sentence(left: list) -> str:
         (["data.root=/nowhere/at/all"], "data folder /nowhere/at/all does not exist"),
         (["train.folder=/proc/none"], "train.folder=/proc/none cannot be written: No such file or directory"),
         (["--resume"], "to resume; leave out --resume to start one"),
-        (["train.init_from=/nowhere/at/all"], "/nowhere/at/all is neither a checkpoint nor a run folder"),
+        (["train.init_from=/nowhere/at/all"], "train.init_from: there is no /nowhere/at/all"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_said_once(more, said, words, ranks, tmp_path):
@@ -145,7 +145,7 @@ def test_ranks_with_different_configs(words, ranks, tmp_path):
 def test_a_checkpoint_of_another_model(words, ranks, killed, tmp_path):
     more = (f"train.init_from={killed[0]}", "model.predictor_dim=48", "parallel.strategy=fsdp")
     said = sentence(ranks.run(2, jobs.train, words(tmp_path / "run", *more)))
-    assert "is a checkpoint of another model: its predictor." in said
+    assert "holds another model than the config describes: its predictor." in said
 
 
 def test_a_disk_that_is_full_on_one_rank(words, ranks, tmp_path):

@@ -67,7 +67,7 @@ EARLY = {
 }
 LATE = {  # what a dry run, which opens neither run folder nor checkpoint, does not see
     "train.folder=/proc/none": "train.folder=/proc/none cannot be written",
-    "train.init_from=/nowhere/at/all": "train.init_from: /nowhere/at/all is neither a checkpoint nor a run folder",
+    "train.init_from=/nowhere/at/all": "train.init_from: there is no /nowhere/at/all",
 }
 
 
@@ -254,14 +254,15 @@ def test_a_file_that_is_no_checkpoint_to_init_from(train, tmp_path):
 
 def test_weights_of_another_model_to_init_from(train, finished, tmp_path):
     words = (f"train.init_from={finished}", f"train.folder={tmp_path / 'run'}", "model.predictor_dim=96")
-    assert "is a checkpoint of another model: its predictor." in train(*words).error
+    assert "holds another model than the config describes: its predictor." in train(*words).error
 
 
 def test_init_from_starts_at_step_0_with_those_weights(train, finished, tmp_path):
     words = (*FINISHED, f"train.init_from={finished}", f"train.folder={tmp_path / 'run'}")
     outcome = train(*words)
     assert outcome.code == 0, outcome.err
-    assert f"weights from {finished}/checkpoints/step_00000004\n" in outcome.out
+    said = "step_00000004 of a run of ijepa_fast: both encoders and the predictor\n"
+    assert f"weights from {finished}, {said}" in outcome.out
     fresh, (first, *_) = read_log(finished)[0], read_log(tmp_path / "run")[0]
     assert first["step"] == 1
     # With the weights after 4 updates, the first loss is not that of new weights but near that of the last update.
