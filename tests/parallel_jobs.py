@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -21,6 +22,7 @@ from ijepa_fast.data import index
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
 from ijepa_fast.run import Run, build_run
+from ijepa_fast.weights.init_from import init_from
 
 # Contexts and targets of all lengths; 12 images a step make 12, 6, 4 or 3 a rank in micro-batches of 2 and fewer.
 CONFIG = """
@@ -140,6 +142,18 @@ def count_scans(argv: list[str], cache: str) -> int:
         with distributed.join(config) as world, build_run(config, world):
             pass
     return len(scans)
+
+
+def start_from(argv: list[str]) -> tuple[str, dict[str, np.ndarray]]:
+    """What train.init_from says, and all weights after it, whole."""
+    prepare()
+    config, _ = load_config(argv[1], argv[2:])
+    with distributed.join(config) as world, build_run(config, world) as run:
+        assert config.train.init_from is not None
+        said = init_from(config.train.init_from, run.state, world)
+        weights = {f"{part}.{name}": x for part, held in run.state.weights().items() for name, x in held.items()}
+        whole = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
+        return said, {name: x.numpy() for name, x in whole.items()}
 
 
 def shard_giant(config_file: str, words: list[str]) -> list[tuple[int, int, bool]]:

@@ -8,6 +8,7 @@ import parallel_jobs as jobs
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import save_file
 
 from ijepa_fast.metrics import read_log
 
@@ -238,3 +239,22 @@ def test_two_blocks_of_the_giant_s_width_train(words, ranks, tmp_path):
     sharded = ("parallel.strategy=fsdp", "parallel.checkpointing=selective")
     for left in ranks.run(2, jobs.train_wide, words(tmp_path, *more, *sharded)):
         assert left.result == pytest.approx(alone.result, abs=TOLERANCE, rel=0), left.err
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_every_rank_starts_from_the_weights_that_rank_0_reads(strategy, words, ranks, run, tmp_path):
+    path = run(1, "single")
+    held = jobs.weights(path)
+    if strategy == "ddp":  # of a file with the target encoder alone, which both begin with
+        path = tmp_path / "target.safetensors"
+        save_file({name: value for name, value in held.items() if name.startswith("target_encoder.")}, path)
+    more = (f"parallel.strategy={strategy}", f"train.init_from={path}")
+    for left in ranks.run(2, jobs.start_from, words(tmp_path / "run", *more)):
+        assert left.result, left.err
+        said, weights = left.result
+        assert said.endswith("a new predictor" if strategy == "ddp" else "both encoders and the predictor")
+        for name, value in weights.items():
+            if strategy == "fsdp":
+                assert (value == held[name].numpy()).all(), name
+            elif not name.startswith("predictor."):
+                assert (value == held["target_encoder." + name.split(".", 1)[1]].numpy()).all(), name
