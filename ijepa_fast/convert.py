@@ -75,8 +75,9 @@ def _to_weights(args: argparse.Namespace, contents: Contents) -> None:
         raise UserError(f"{args.src} holds the {held[0]} encoder alone, not the {args.which} encoder")
     if args.to == "safetensors":
         ours.write(args.dst, contents, args.which)
-        what = f"the {args.which} encoder" if args.which else "all weights"
-        print(f"{args.dst}: {what}")
+        parts = [f"the {which} encoder" for which in held if args.which in (None, which)]
+        parts += ["the predictor"] if contents.predictor is not None and args.which is None else []
+        print(f"{args.dst}: {', '.join(parts)}")
         return
     which = args.which or ("target" if "target" in held else held[0])
     module = importlib.import_module("ijepa_fast.weights." + {"hf": "huggingface", "timm": "timm"}[args.to])

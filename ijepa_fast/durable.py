@@ -56,6 +56,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                usual_mode(file)
                 with open(file, "rb") as written:
                     os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -63,3 +64,10 @@ def new_folder(path: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def usual_mode(path: Path) -> None:
+    """What any new file may be read by: safetensors (0.8) lets its owner alone read those that it writes."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)

@@ -123,6 +123,7 @@ def test_a_file_may_hold_some_of_it(path, model, pixels, tmp_path):
     contents = read(path)
     for which in (None, "target", "context"):
         write(tmp_path / f"{which}.safetensors", contents, which)
+        assert (tmp_path / f"{which}.safetensors").stat().st_mode == path.stat().st_mode  # as open() makes them
     every = ijepa_fast.load(tmp_path / "None.safetensors")
     assert torch.equal(every.features(pixels), model.features(pixels))
     masks = ijepa_fast.Packed.dense(2, 36), ijepa_fast.Packed.dense(2, 36)

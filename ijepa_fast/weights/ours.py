@@ -19,6 +19,7 @@ from ijepa_fast import compat
 from ijepa_fast.checkpoint import find, read_about, reason, verify
 from ijepa_fast.config import Config, drop_retired, validate
 from ijepa_fast.distributed import World
+from ijepa_fast.durable import usual_mode
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import SIZES
 from ijepa_fast.weights.contents import SECTIONS, Contents, Weights, encoder_architecture, sort_sections
@@ -72,6 +73,7 @@ def write_file(path: Path, tensors: Weights, metadata: dict[str, str]) -> None:
         # Each with storage of its own: the format knows no views.
         owned = {name: value.contiguous() for name, value in tensors.items()}
         save_file(owned, temporary, metadata={"format": "pt"} | metadata)
+        usual_mode(temporary)
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
