@@ -95,6 +95,7 @@ def transformers_model(path, tmp_path_factory):
     return transformers.IJepaModel.from_pretrained(folder).eval()
 
 
+@pytest.mark.long  # it takes seconds to import transformers
 @pytest.mark.parametrize("sides", [(24, 24), (48, 48), (32, 20)])
 def test_other_sizes_as_in_transformers(model, transformers_model, sides):
     x = torch.randn(1, 3, *sides, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,6 @@
 """Released checkpoints: read, continued as a run of ours, and written back."""
 import csv
+import json
 import math
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from ijepa_fast.model import SIZES
 from ijepa_fast.run import build_run
 from ijepa_fast.weights.load import read
 from ijepa_fast.weights.ours import ALONE
+
+pytestmark = pytest.mark.long
 
 EPOCH, STEPS_PER_EPOCH, EPOCHS, WARMUP, STRETCH = 2, 1, 3, 1, 2
 # One group and one micro-batch, so that masks are rectangles of the whole batch.
@@ -126,6 +129,21 @@ def test_written_back_every_tensor_is_the_same_byte_for_byte(released, tiny_conf
         assert before[key] == after[key]
     # The released code catches what its GradScaler raises, and begins again at epoch 0.
     torch.amp.GradScaler("cpu").load_state_dict(after["scaler"])
+
+
+def test_in_the_middle_of_an_epoch_it_says_so(released, tiny_config, tmp_path, capfd):
+    assert convert([str(released), str(tmp_path / "run"), "--to", "run", "--config", str(tiny_config)]) == 0
+    (path,) = (tmp_path / "run" / "checkpoints").iterdir()
+    about = json.loads((path / "checkpoint.json").read_text())
+    assert about["data"]["images"] == 40
+    (path / "checkpoint.json").write_text(json.dumps(about | {"step": 13}))
+    assert convert([str(tmp_path / "run"), str(tmp_path / "back.pth.tar"), "--to", "released"]) == 0
+    assert "note: the source is 3 of 5 updates into the next epoch" in capfd.readouterr().out
+    assert torch.load(tmp_path / "back.pth.tar")["epoch"] == 2
+    # A run of ours has its recipe in it.
+    assert convert([str(tmp_path / "run"), str(tmp_path / "copy"), "--to", "run"]) == 0
+    assert read(tmp_path / "copy").about["step"] == 13
+    assert load_config(tmp_path / "copy" / "config.yaml")[0].train.folder == tmp_path / "copy"
 
 
 def same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
