@@ -43,4 +43,7 @@ bench: .venv/dev.done
 
 .venv/dev.done: .venv/demo.done
 	$(INSTALL) --editable ".[demo,dev,dali]"
+# Alone, as its other needs are transformers' too: torchvision, which it asks for, is linked to CUDA's torch and cannot
+# be imported beside one for CPUs. The tests give timm a stand-in (tests/torchvision_stand_in.py).
+	$(INSTALL) --no-deps timm
 	touch $@

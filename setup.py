@@ -26,8 +26,12 @@ setup(
         "flash": ["flash-attn", "ninja"],  # builds from source: needs CUDA_HOME
         "xformers": ["xformers>=0.0.35"],
         "hf": ["transformers>=5.17"],
+        "timm": ["timm>=1.0.31"],  # brings torchvision, which the tests do without: see the Makefile
         "slurm": ["submitit"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit"],
+        "dev": [
+            "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",
+            "transformers>=5.17",
+        ],
     },
 )
