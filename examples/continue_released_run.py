@@ -2,8 +2,8 @@
 
     python examples/continue_released_run.py IN1K-vit.h.14-300e.pth.tar in1k_vith14_ep300.yaml /data/imagenet/train RUN
 
-In this order: a released .pth.tar; the YAML it was trained with, a released one as it is, or ours; the images; the folder
-of the run that goes on. Further words replace keys of the config: `optim.epochs=310 parallel.strategy=fsdp`.
+In this order: a released .pth.tar; the YAML it was trained with (a released one as it is, or ours); the images; the
+folder of the run that goes on. Further words replace keys of the config: `optim.epochs=310 parallel.strategy=fsdp`.
 """
 import argparse
 import sys

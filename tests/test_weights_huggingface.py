@@ -153,7 +153,17 @@ def test_card_says_which_encoder_and_how_it_was_trained(which, tiny, tmp_path):
     assert "step: 500" in card
     assert "lr: 0.001" in card
     assert "/home/me" not in card  # a recipe, not the names of someone's folders
+    assert "CC BY-NC" not in card
     assert list(huggingface.read(tmp_path / "folder").encoders) == [which]
+
+
+def test_card_of_weights_that_are_not_ours(tiny, tmp_path):
+    """A released checkpoint, say: what is known of it, and the licence that such weights have."""
+    about = {"source": "the released checkpoint IN1K-vit.h.14-300e.pth.tar", "epoch": 300}
+    huggingface.write(tmp_path / "folder", contents(tiny)._replace(about=about), "target")
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "- source: the released checkpoint IN1K-vit.h.14-300e.pth.tar\n- epoch: 300\n" in card
+    assert "CC BY-NC 4.0" in card
 
 
 def test_dtype_and_oblong_images(tiny, tmp_path):

@@ -102,9 +102,7 @@ def _training(about: Mapping[str, Any]) -> str:
     facts = {key: value for key, value in about.items() if key not in ("config", "notes")}
     lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()] or ["Nothing is known of it."]
     text = "\n".join(lines)
-    config = about.get("config")
-    recipe = {section: config[section] for section in _RECIPE if section in config} if config else {}
-    if recipe:
-        recipe_text = yaml.safe_dump(recipe, sort_keys=False)
-        text += f"\n\nThe recipe, as `ijepa_fast.train` takes it:\n\n```yaml\n{recipe_text}```"
-    return text
+    if config := about.get("config"):
+        recipe = yaml.safe_dump({section: config[section] for section in _RECIPE if section in config}, sort_keys=False)
+        return f"{text}\n\nThe recipe, as `ijepa_fast.train` takes it:\n\n```yaml\n{recipe}```"
+    return f"{text}\n\nThis is no run of ijepa_fast. The I-JEPA weights that Meta released are licensed CC BY-NC 4.0."
