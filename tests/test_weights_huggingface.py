@@ -15,6 +15,7 @@ from ijepa_fast.errors import UserError
 from ijepa_fast.model import Size
 from ijepa_fast.weights import huggingface
 
+pytestmark = pytest.mark.long  # importing transformers takes longer than most of these tests
 transformers = pytest.importorskip("transformers")
 
 # Two fp32 implementations of one formula: features are of the order 1 (at most 5), sums of 1,408 products.

@@ -15,6 +15,7 @@ import ijepa_fast.weights.timm as timm_format
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import Size
 
+pytestmark = pytest.mark.long  # importing timm takes longer than most of these tests
 timm = import_timm()
 
 # Two fp32 implementations of one formula: features are of the order 1 (at most 5), sums of 1,408 products.
