@@ -153,6 +153,7 @@ def test_card_says_which_encoder_and_how_it_was_trained(which, tiny, tmp_path):
     assert f"24 x 24 px: {which} encoder\n" in card
     assert "step: 500" in card
     assert "lr: 0.001" in card
+    assert "crop_scale:" in card
     assert "/home/me" not in card  # a recipe, not the names of someone's folders
     assert "CC BY-NC" not in card
     assert list(huggingface.read(tmp_path / "folder").encoders) == [which]

@@ -27,8 +27,9 @@ def encoder(size: Size, image_size: int, patch_size: int, seed: int = 0) -> Visi
 
 
 def contents(model: VisionTransformer, which: str = "target") -> Contents:
-    about = {"source": "checkpoint step_00000500 of a run of ijepa_fast", "step": 500}
-    about["config"] = {"model": {"name": "vit_tiny"}, "data": {"root": "/home/me/photographs"}, "optim": {"lr": 0.001}}
+    about: dict = {"source": "checkpoint step_00000500 of a run of ijepa_fast", "step": 500}
+    data = {"root": "/home/me/photographs", "crop_scale": [0.3, 1.0]}
+    about["config"] = {"model": {"name": "vit_tiny"}, "data": data, "optim": {"lr": 0.001}}
     return Contents({which: model.state_dict()}, None, model.size.num_heads, None, None, about)
 
 

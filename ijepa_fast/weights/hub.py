@@ -12,7 +12,8 @@ from ijepa_fast.weights.contents import Architecture
 WHICH = "ijepa_encoder"  # a key of config.json that is ours: transformers and timm pass over it
 
 _LETTERS = {"vit_tiny": "Ti", "vit_small": "S", "vit_base": "B", "vit_large": "L", "vit_huge": "H", "vit_giant": "g"}
-_RECIPE = ("model", "mask", "optim")  # sections of a config; the others name files and folders of a machine
+# What of a config goes into a card. The rest names files and folders of a machine, or changes nothing of a result.
+_RECIPE = {"model": None, "mask": None, "data": ("image_size", "crop_scale"), "optim": None}
 
 _ENCODER = {
     "target": (
@@ -103,6 +104,13 @@ def _training(about: Mapping[str, Any]) -> str:
     lines = [f"- {key.replace('_', ' ')}: {value}" for key, value in facts.items()] or ["Nothing is known of it."]
     text = "\n".join(lines)
     if config := about.get("config"):
-        recipe = yaml.safe_dump({section: config[section] for section in _RECIPE if section in config}, sort_keys=False)
+        recipe = yaml.safe_dump(_recipe(config), sort_keys=False)
         return f"{text}\n\nThe recipe, as `ijepa_fast.train` takes it:\n\n```yaml\n{recipe}```"
     return f"{text}\n\nThis is no run of ijepa_fast. The I-JEPA weights that Meta released are licensed CC BY-NC 4.0."
+
+
+def _recipe(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {section: keys or config[section].keys() for section, keys in _RECIPE.items() if section in config}
+    return {
+        section: {key: config[section][key] for key in keys if key in config[section]} for section, keys in kept.items()
+    }
