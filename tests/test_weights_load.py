@@ -13,6 +13,7 @@ import ijepa_fast.weights.huggingface as huggingface
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.sampler import center_boxes
 from ijepa_fast.errors import UserError
+from ijepa_fast.model import Size, VisionTransformer, init_weights
 from ijepa_fast.weights.load import read
 from ijepa_fast.weights.model import Model, positions
 from ijepa_fast.weights.ours import write
@@ -102,6 +103,20 @@ def test_other_sizes_as_in_transformers(model, transformers_model, sides):
     with torch.no_grad():
         expected = transformers_model(x, interpolate_pos_encoding=True).last_hidden_state
     torch.testing.assert_close(model.features(x, pool=None), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sides", [(448, 448), (224, 448), (350, 154)])
+def test_published_positions_in_other_sizes_as_in_transformers(sides):
+    """ViT-H/14, trained at 224."""
+    ijepa = pytest.importorskip("transformers.models.ijepa.modeling_ijepa")
+    theirs = ijepa.IJepaEmbeddings(ijepa.IJepaConfig(hidden_size=1280, image_size=224, patch_size=14))
+    ours = VisionTransformer(Size(1280, 0, 16, 5120), 224, 14, torch.float32, torch.float32)
+    init_weights(ours)
+    theirs.position_embeddings.data.copy_(ours.pos_embed)
+    grid = sides[0] // 14, sides[1] // 14
+    expected = theirs.interpolate_pos_encoding(torch.zeros(1, grid[0] * grid[1], 1280), *sides)
+    torch.testing.assert_close(positions(ours, grid), expected, rtol=0, atol=1e-5)
 
 
 def test_bf16_keeps_positions_and_norms(path, pixels):
