@@ -6,7 +6,13 @@ setup(
     version="0.1.0",
     description="Fast I-JEPA pretraining: fused Triton ops and a thin training driver",
     python_requires=">=3.11",
-    packages=["ijepa_fast", "ijepa_fast.data", "ijepa_fast.weights", "ijepa_kernels"],
+    packages=[
+        "ijepa_fast",
+        "ijepa_fast.data",
+        "ijepa_fast.view",
+        "ijepa_fast.weights",
+        "ijepa_kernels",
+    ],
     # kernels/ is a source root, not a package: an __init__.py there would shadow Hugging Face's `kernels`.
     package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
     install_requires=[

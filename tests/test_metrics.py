@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 
-from ijepa_fast import metrics, view
+from ijepa_fast import metrics
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
@@ -19,6 +19,7 @@ from ijepa_fast.flops import peak_flops, step_flops
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.metrics import COLUMNS, Bar, Meter, Rates, RunLog, StepRow, TokenCounts, read_log
 from ijepa_fast.model import build_encoder, build_predictor
+from ijepa_fast.view.curves import _smoothed, draw_curves
 
 
 def row(step: int) -> StepRow:
@@ -170,7 +171,7 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
     drawn = []
     savefig = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, path: (drawn.append(figure), savefig(figure, path)))
-    path = view.draw_curves(tmp_path)
+    path = draw_curves(tmp_path)
     assert path == tmp_path / "curves.png"
     with Image.open(path) as image:
         image.load()
@@ -188,7 +189,7 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
         assert (x, list(line.get_ydata())) == ([r["step"] for r in steps], [r[key] for r in steps])
     (loss, smoothed) = next(lines for name, lines in curves.items() if name.startswith("loss"))
     assert list(loss[1].get_ydata()) == [r["loss"] for r in steps]
-    assert list(smoothed[1].get_ydata()) == view._smoothed([r["loss"] for r in steps])
+    assert list(smoothed[1].get_ydata()) == _smoothed([r["loss"] for r in steps])
     assert ("RankMe" in curves) == ("k-NN accuracy, %" in curves) == (probe_every is not None)
     if probe_every is not None:
         assert [p["step"] for p in probes] == curves["RankMe"][0][0]
@@ -201,7 +202,7 @@ def test_curves_of_a_probe_without_labels(tmp_path):
     log.steps([row(1)])
     log.probe(1, {"rankme": 2.0})
     log.close()
-    assert view.draw_curves(tmp_path).exists()
+    assert draw_curves(tmp_path).exists()
 
 
 def test_rates(monkeypatch):
@@ -318,8 +319,8 @@ def test_time_left_in_days():
 
 
 def test_smoothed_loss_follows_a_constant_and_lags_a_step():
-    assert view._smoothed([2.0] * 5) == [2.0] * 5
-    smoothed = view._smoothed([0.0] + [1.0] * 200)
+    assert _smoothed([2.0] * 5) == [2.0] * 5
+    smoothed = _smoothed([0.0] + [1.0] * 200)
     assert smoothed[0] == 0
     assert all(a < b for a, b in itertools.pairwise(smoothed[:50]))
     assert math.isclose(smoothed[-1], 1, abs_tol=1e-5)

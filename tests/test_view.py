@@ -12,6 +12,8 @@ from ijepa_fast import view
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.sampler import GlobalBatchSampler
 from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.view import masks as masks_view
+from ijepa_fast.view.__main__ import main
 
 GRID, PATCH = 14, 8
 COLOURS = np.array([[200, 40, 40], [40, 180, 60], [50, 80, 220], [230, 200, 30]], np.uint8)
@@ -26,12 +28,12 @@ def one_colour_crops(count):
 def read_sheet(path, colours, columns):
     """Which patches each panel shows in the crop's colour: bool [rows, columns, GRID * GRID]."""
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    cell = view._PANEL // GRID
+    cell = masks_view._PANEL // GRID
     centres = np.arange(GRID) * cell + cell // 2
     shown = np.empty((len(colours), columns, GRID * GRID), bool)
     for row, column in np.ndindex(shown.shape[:2]):
-        top = view._HEADER + row * (cell * GRID + view._CAPTION + view._GAP) + centres
-        left = view._MARGIN + column * (cell * GRID + view._GAP) + centres
+        top = masks_view._HEADER + row * (cell * GRID + masks_view._CAPTION + masks_view._GAP) + centres
+        left = masks_view._MARGIN + column * (cell * GRID + masks_view._GAP) + centres
         distance = np.abs(sheet[np.ix_(top, left)] - colours[row]).max(-1).ravel()
         assert ((distance < 8) | (distance > 40)).all()  # JPEG may be off by a little; what is hidden is off by much
         shown[row, column] = distance < 8
@@ -96,10 +98,10 @@ def folder(tmp_path, monkeypatch):
 
 def test_masks_command_draws_what_the_run_sees(folder, capsys):
     arguments = ["masks", "mask.group=8", "--config", "run.yaml", "--step", "3", "mask.num_contexts=2", "--images", "3"]
-    assert view.main([*arguments, "--out", "a/b.png"]) == 0
+    assert main([*arguments, "--out", "a/b.png"]) == 0
     assert capsys.readouterr().out == "a/b.png\n"
     masks = MultiBlockMasks(MaskConfig(group=8, num_contexts=2), GRID, seed=0, global_batch=8).sample(3, 0, 3)
-    rows = (Image.open("a/b.png").height - view._HEADER) // (view._PANEL + view._CAPTION)
+    rows = (Image.open("a/b.png").height - masks_view._HEADER) // (masks_view._PANEL + masks_view._CAPTION)
     assert rows == 6  # 3 images of 2 contexts
     drawn = GlobalBatchSampler(8, 8, seed=0).ids(3)[:3].repeat(2)
     assert (read_sheet("a/b.png", COLOURS[drawn % len(COLOURS)].astype(int), 6) == expected(masks, 6)).all()
@@ -118,7 +120,7 @@ def test_masks_command_draws_what_the_run_sees(folder, capsys):
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, arguments, sentence):
-    assert view.main(["masks", *arguments]) == 2
+    assert main(["masks", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.startswith("error: ")
     assert captured.err.count("\n") == 1
@@ -129,7 +131,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(folder, capsys, arguments, se
 @pytest.mark.parametrize("arguments", [[], ["masks"], ["mask"], ["masks", "--config", "run.yaml", "--wide"]])
 def test_usage_errors_exit_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as leave:
-        view.main(arguments)
+        main(arguments)
     assert leave.value.code == 2
     assert "usage" in capsys.readouterr().err
 

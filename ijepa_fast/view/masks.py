@@ -1,14 +1,10 @@
-"""Pictures of a run: its masks and its curves. `python -m ijepa_fast.view masks --config configs/demo.yaml`.
+"""What a step sees: its real crops, and of each the patches that the context encoder is shown and the target blocks.
 
-`masks` draws what a step sees: its real crops, and of each the patches that the context encoder is shown and the target
-blocks that are predicted from them.
+`python -m ijepa_fast.view masks --config configs/demo.yaml`
 """
 
 import argparse
 import itertools
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,12 +13,10 @@ from ijepa_kernels import Packed
 from PIL import Image
 from torch import Tensor
 
-from ijepa_fast.cli import command
 from ijepa_fast.config import MaskConfig, load_config
 from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
-from ijepa_fast.metrics import read_log
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,64 +87,6 @@ def masks_sheet(
     return Path(out_path)
 
 
-def draw_curves(folder: Path) -> Path:
-    """Write curves.png: loss, RankMe and k-NN, the schedules, and speed, against the step."""
-    # Imported here: matplotlib takes a second that the first step of a run need not wait for.
-    from matplotlib.figure import Figure
-
-    steps, probes = read_log(folder)
-    x = [row["step"] for row in steps]
-    figure = Figure(figsize=(11, 6.5), layout="constrained", dpi=120)
-    loss, quality, rates, speed = figure.subplots(2, 2).flat
-
-    values = [row["loss"] for row in steps]
-    loss.plot(x, values, color="#9db7d5", linewidth=0.8, label="each update")
-    loss.plot(x, _smoothed(values), color="#1f4e8c", linewidth=1.6, label="smoothed")
-    loss.set_title("loss (says little by itself: the targets move)")
-    loss.legend(frameon=False)
-
-    if probes:
-        at = [row["step"] for row in probes]
-        quality.plot(at, [row["rankme"] for row in probes], "o-", color="#1f4e8c", markersize=3)
-        quality.set_ylabel("RankMe", color="#1f4e8c")
-        if "knn" in probes[0]:
-            accuracy = quality.twinx()
-            accuracy.plot(at, [100 * row["knn"] for row in probes], "s-", color="#c2571a", markersize=3)
-            accuracy.set_ylabel("k-NN accuracy, %", color="#c2571a")
-    else:
-        quality.text(0.5, 0.5, "no probe was made", ha="center", transform=quality.transAxes)
-    quality.set_title("target features")
-
-    rates.plot(x, [row["lr"] for row in steps], color="#1f4e8c")
-    rates.set_ylabel("learning rate", color="#1f4e8c")
-    momentum = rates.twinx()
-    momentum.plot(x, [row["momentum"] for row in steps], color="#c2571a")
-    momentum.set_ylabel("EMA momentum", color="#c2571a")
-    momentum.ticklabel_format(useOffset=False)
-    rates.set_title("schedules")
-
-    speed.plot(x, [row["images/s"] for row in steps], color="#1f4e8c", linewidth=0.8)
-    speed.set_ylim(bottom=0)
-    speed.set_title("images/s")
-    for axis in (loss, quality, rates, speed):
-        axis.set_xlabel("step")
-        axis.spines[["top"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    path = folder / "curves.png"
-    temporary = path.with_suffix(".tmp.png")
-    figure.savefig(temporary)
-    os.replace(temporary, path)
-    return path
-
-
-def _smoothed(values: list[float], span: int = 25) -> list[float]:
-    smoothed: list[float] = []
-    for value in values:
-        before = smoothed[-1] if smoothed else value
-        smoothed.append(before + (value - before) * 2 / (span + 1))
-    return smoothed
-
-
 def masks_title(config: MaskConfig, step: int) -> str:
     """The heading of a sheet: which step it is of, and how its masks were drawn and collated."""
     cut = f"truncated within groups of {config.group}" if config.collate == "truncate" else "ragged"
@@ -201,18 +137,7 @@ def _rgb(colour: str) -> np.ndarray:
     return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = _parser()
-    args, rest = parser.parse_known_args(argv)
-    if any(word.startswith("-") for word in rest):
-        parser.error(f"unknown option: {' '.join(rest)}")
-    args.draw(args, [*args.overrides, *rest])  # argparse leaves over what follows an option
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast.view", description="Draw what a run does.")
-    pictures = parser.add_subparsers(title="pictures", metavar="PICTURE", required=True)
+def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     masks = pictures.add_parser(
         "masks",
         help="crops of a step, with their context and target blocks",
@@ -226,14 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     masks.add_argument("--images", default=8, type=int, metavar="N", help="at most a global batch; default: 8")
     masks.add_argument("--step", default=0, type=int, metavar="N", help="step of the run, from 0; default: 0")
     masks.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    masks.set_defaults(draw=_draw_masks)
-    return parser
+    masks.set_defaults(draw=_draw)
 
 
-def _draw_masks(args: argparse.Namespace, overrides: list[str]) -> None:
+def _draw(args: argparse.Namespace, rest: list[str]) -> None:
     if args.images < 1 or args.step < 0:
         raise UserError(f"--images must be at least 1 and --step at least 0, not {args.images} and {args.step}")
-    config, notes = load_config(args.config, overrides)
+    config, notes = load_config(args.config, [*args.overrides, *rest])
     for note in notes:
         print(f"released config: {note}")
     batch = config.optim.global_batch_size
@@ -247,7 +171,3 @@ def _draw_masks(args: argparse.Namespace, overrides: list[str]) -> None:
         print(masks_sheet(first.images, first.masks, config.model.patch_size, args.out, title, rows=rows))
     except OSError as error:
         raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
