@@ -12,7 +12,7 @@ from ijepa_fast import view
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.sampler import GlobalBatchSampler
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.view import masks as masks_view
+from ijepa_fast.view import sheet as sheets
 from ijepa_fast.view.__main__ import main
 
 GRID, PATCH = 14, 8
@@ -28,12 +28,12 @@ def one_colour_crops(count):
 def read_sheet(path, colours, columns):
     """Which patches each panel shows in the crop's colour: bool [rows, columns, GRID * GRID]."""
     sheet = np.asarray(Image.open(path).convert("RGB")).astype(int)
-    cell = masks_view._PANEL // GRID
+    cell = sheets.PANEL // GRID
     centres = np.arange(GRID) * cell + cell // 2
     shown = np.empty((len(colours), columns, GRID * GRID), bool)
     for row, column in np.ndindex(shown.shape[:2]):
-        top = masks_view._HEADER + row * (cell * GRID + masks_view._CAPTION + masks_view._GAP) + centres
-        left = masks_view._MARGIN + column * (cell * GRID + masks_view._GAP) + centres
+        top = sheets.HEADER + row * (cell * GRID + sheets.CAPTION + sheets.GAP) + centres
+        left = sheets.MARGIN + column * (cell * GRID + sheets.GAP) + centres
         distance = np.abs(sheet[np.ix_(top, left)] - colours[row]).max(-1).ravel()
         assert ((distance < 8) | (distance > 40)).all()  # JPEG may be off by a little; what is hidden is off by much
         shown[row, column] = distance < 8
@@ -101,7 +101,7 @@ def test_masks_command_draws_what_the_run_sees(folder, capsys):
     assert main([*arguments, "--out", "a/b.png"]) == 0
     assert capsys.readouterr().out == "a/b.png\n"
     masks = MultiBlockMasks(MaskConfig(group=8, num_contexts=2), GRID, seed=0, global_batch=8).sample(3, 0, 3)
-    rows = (Image.open("a/b.png").height - masks_view._HEADER) // (masks_view._PANEL + masks_view._CAPTION)
+    rows = (Image.open("a/b.png").height - sheets.HEADER) // (sheets.PANEL + sheets.CAPTION)
     assert rows == 6  # 3 images of 2 contexts
     drawn = GlobalBatchSampler(8, 8, seed=0).ids(3)[:3].repeat(2)
     assert (read_sheet("a/b.png", COLOURS[drawn % len(COLOURS)].astype(int), 6) == expected(masks, 6)).all()
@@ -114,7 +114,7 @@ def test_masks_command_draws_what_the_run_sees(folder, capsys):
         (["--config", "run.yaml", "mask.min_keep=60"], "mask.min_keep=60 cannot be met"),
         (["--config", "run.yaml", "data.root=nowhere"], "nowhere"),
         (["--config", "run.yaml", "optim.global_batch_size=16"], "8 images are fewer"),
-        (["--config", "run.yaml", "--out", "run.yaml/masks.png"], "--out run.yaml/masks.png cannot be written"),
+        (["--config", "run.yaml", "--out", "run.yaml/masks.png"], "run.yaml/masks.png cannot be written"),
         (["--config", "run.yaml", "--images", "0"], "--images must be at least 1"),
         (["--config", "run.yaml", "--step", "-1"], "--step at least 0"),
     ],

@@ -6,26 +6,16 @@
 import argparse
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from ijepa_kernels import Packed
-from PIL import Image
 from torch import Tensor
 
 from ijepa_fast.config import MaskConfig, load_config
 from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-# Dark, so that what is hidden can sink into it, and one file serves light and dark pages.
-_PAPER, _VEIL, _INK, _FAINT = "#12161c", "#1b212a", "#f2f4f7", "#93a0b0"
-_TARGET_COLOURS = ("#ffb000", "#3fc1c9", "#fe6f9c", "#9d8cff", "#8fd14f", "#ff8552")
-_PANEL, _GAP, _CAPTION, _MARGIN, _HEADER = 224, 14, 26, 36, 128  # pixels
-_DPI = 144
+from ijepa_fast.view.sheet import COLOURS, INK, Sheet, dimmed, resized, whole_cells
 
 
 def masks_sheet(
@@ -36,55 +26,26 @@ def masks_sheet(
     `images`: uint8 `[B, S, S, 3]`; `masks`: of these images, as `MultiBlockMasks` lists them (both on any device);
     `title`: one line. Returns `out_path`.
     """
-    # Imported here: matplotlib takes a second, which the first step of a run need not wait for.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     size, grid = images.shape[1], images.shape[1] // patch_size
-    contexts, targets = _visible(masks.context, grid), _visible(masks.target, grid)
+    contexts, targets = visible_patches(masks.context, grid), visible_patches(masks.target, grid)
     context_of, rows = masks.context_of.cpu().numpy(), min(rows, len(contexts))
     targets_of = [targets[context_of == row] for row in range(rows)]
 
-    cell = max(_PANEL // grid, 1)  # whole pixels a patch, so that every edge is sharp
-    panel, columns = cell * grid, 2 + max(map(len, targets_of))
-    lefts = [_MARGIN + column * (panel + _GAP) for column in range(columns)]
-    tops = [_HEADER + row * (panel + _CAPTION + _GAP) for row in range(rows)]
-    width, height = lefts[-1] + panel + _MARGIN, tops[-1] + panel + _CAPTION + _MARGIN // 2
-    # Pixels are inches * dpi rounded down, hence the thousandth.
-    figure = Figure(figsize=((width + 1e-3) / _DPI, (height + 1e-3) / _DPI), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    sheet = figure.add_axes((0, 0, 1, 1))
-
-    names = ["crop", "context", *(f"target {i + 1}" for i in range(columns - 2))]
-    colours = [_INK, _INK, *itertools.islice(itertools.cycle(_TARGET_COLOURS), columns - 2)]
-    points = min(12.5, (width - 2 * _MARGIN) / (1.4 * len(title)))  # a bold character is about 1.4 pixels a point wide
-    sheet.text(_MARGIN, 22, title, color=_INK, fontsize=points, fontweight="bold", va="top")
+    names = ["crop", "context", *(f"target {i + 1}" for i in range(max(map(len, targets_of))))]
+    colours = [INK, INK, *itertools.islice(itertools.cycle(COLOURS), len(names) - 2)]
     facts = f"{size} x {size} pixels in {grid} x {grid} patches; what a panel does not hold is dimmed"
-    sheet.text(_MARGIN, 56, facts, color=_FAINT, fontsize=min(8.5, points), va="top")
-    for left, name, colour in zip(lefts, names, colours, strict=True):
-        sheet.text(left, _HEADER - 9, name, color=colour, fontsize=9.5, fontweight="bold", va="bottom")
-
-    canvas = np.full((height, width, 3), _rgb(_PAPER), np.uint8)
-    for row, top in enumerate(tops):
+    sheet = Sheet(title, facts, names, rows, panel=whole_cells(grid), colours=colours)
+    for row in range(rows):
         image = int(masks.context.image[row])
-        pixels = np.asarray(images[image].cpu() if isinstance(images, Tensor) else images[image])
-        crop = np.asarray(Image.fromarray(pixels).resize((panel, panel), Image.Resampling.LANCZOS))
-        panels = [np.ones_like(contexts[row]), contexts[row], *targets_of[row]]
-        for left, visible in zip(lefts, panels, strict=False):
-            canvas[top : top + panel, left : left + panel] = _dim(crop, visible)
-            kept = f"{visible.sum()} of {grid * grid} tokens" if left > lefts[0] else _name(masks.context.image, row)
-            sheet.text(left, top + panel + 6, kept, color=_FAINT, fontsize=7.5, va="top")
-        for block, left, colour in zip(targets_of[row], lefts[2:], colours[2:], strict=False):
-            _outline(sheet, block, left, top, cell, colour, width=1.0)
-            _outline(sheet, block, lefts[1], top, cell, colour, width=0.5)  # why the context has its holes
-        _outline(sheet, contexts[row], lefts[1], top, cell, _INK, width=1.0)
-
-    sheet.imshow(canvas, extent=(0, width, height, 0), interpolation="nearest")
-    sheet.set(xlim=(0, width), ylim=(height, 0))
-    sheet.axis("off")
-    Path(out_path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out_path, dpi=_DPI, format="png")
-    return Path(out_path)
+        crop = resized(np.asarray(images[image].cpu() if isinstance(images, Tensor) else images[image]), sheet.panel)
+        sheet.draw(row, 0, crop, _name(masks.context.image, row))
+        for column, visible in enumerate([contexts[row], *targets_of[row]], start=1):
+            sheet.draw(row, column, dimmed(crop, visible), f"{visible.sum()} of {grid * grid} tokens")
+        for column, (block, colour) in enumerate(zip(targets_of[row], colours[2:], strict=False), start=2):
+            sheet.outline(row, column, block, colour)
+            sheet.outline(row, 1, block, colour, width=0.5)  # why the context has its holes
+        sheet.outline(row, 1, contexts[row], INK)
+    return sheet.save(out_path)
 
 
 def masks_title(config: MaskConfig, step: int) -> str:
@@ -95,7 +56,7 @@ def masks_title(config: MaskConfig, step: int) -> str:
     return f"Masks of step {step}: {config.sampler} sampler, {cut}"
 
 
-def _visible(packed: Packed, grid: int) -> np.ndarray:
+def visible_patches(packed: Packed, grid: int) -> np.ndarray:
     """Which patches each sequence holds: bool [S, grid, grid]."""
     cu_seqlens = packed.cu_seqlens.cpu().numpy()
     out = np.zeros((len(cu_seqlens) - 1, grid * grid), bool)
@@ -107,34 +68,6 @@ def _name(image: Tensor, row: int) -> str:
     """What the crop of context sequence `row` is called."""
     same = (image == image[row]).nonzero().flatten().tolist()
     return f"image {image[row]}" + (f", context {same.index(row) + 1} of {len(same)}" if len(same) > 1 else "")
-
-
-def _dim(crop: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """`crop` [panel, panel, 3] with the patches that are not visible grey and nearly gone."""
-    cell = len(crop) // len(visible)
-    grey = crop @ np.array([0.299, 0.587, 0.114])
-    ghost = 0.8 * _rgb(_VEIL) + 0.2 * grey[..., None]
-    shown = visible.repeat(cell, axis=0).repeat(cell, axis=1)[..., None]
-    return np.where(shown, crop, ghost).astype(np.uint8)
-
-
-def _outline(sheet: "Axes", visible: np.ndarray, left: int, top: int, cell: int, colour: str, width: float) -> None:
-    """Draw the border between visible and other patches."""
-    from matplotlib.collections import LineCollection
-
-    padded = np.pad(visible, 1)
-    row, column = np.nonzero(padded[1:, 1:-1] != padded[:-1, 1:-1])  # horizontal edges: above cell (row, column)
-    lines = [((x, y), (x + 1, y)) for y, x in zip(row, column, strict=True)]
-    row, column = np.nonzero(padded[1:-1, 1:] != padded[1:-1, :-1])  # vertical edges: left of it
-    lines += [((x, y), (x, y + 1)) for y, x in zip(row, column, strict=True)]
-    pixels = list(np.array(lines, float).reshape(-1, 2, 2) * cell + (left, top))
-    sheet.add_collection(
-        LineCollection(pixels, colors=colour, linewidths=width, capstyle="projecting", antialiased=False, zorder=2)
-    )
-
-
-def _rgb(colour: str) -> np.ndarray:
-    return np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
 
 
 def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -167,7 +100,4 @@ def _draw(args: argparse.Namespace, rest: list[str]) -> None:
         first = next(data.loader.batches(args.step, args.step + 1))
     title = masks_title(config.mask, args.step)
     rows = len(first.masks.context.image)
-    try:
-        print(masks_sheet(first.images, first.masks, config.model.patch_size, args.out, title, rows=rows))
-    except OSError as error:
-        raise UserError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    print(masks_sheet(first.images, first.masks, config.model.patch_size, args.out, title, rows=rows))
