@@ -1,0 +1,154 @@
+"""From images to features: `python -m ijepa_fast.embed WEIGHTS IMAGES... [--out features.npy] [--similar]`.
+
+A row is the mean over the patches of the central crop, as the paper evaluates (I-JEPA, arXiv 2301.08243, A.2). Reading
+and decoding run a batch ahead of the encoder, and what is done is on the disk: memory holds a few batches, and the same
+command goes on where it was stopped.
+"""
+import argparse
+import itertools
+import sys
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+import ijepa_fast
+from ijepa_fast.cli import command
+from ijepa_fast.data.images import center_crops, index_images
+from ijepa_fast.data.index import Index
+from ijepa_fast.errors import UserError
+from ijepa_fast.feature_file import SUFFIXES, FeatureFile
+from ijepa_fast.view.neighbours import neighbours_sheet
+
+if TYPE_CHECKING:
+    from ijepa_fast.weights import Model
+
+MOST_PAIRED = 16  # so many files are told pair by pair
+
+
+@command
+def main(argv: list[str] | None = None) -> None:
+    args = _parse(argv)
+    if args.batch < 1 or args.layers < 1:
+        raise UserError(f"--batch and --layers must be at least 1, not {args.batch} and {args.layers}")
+    index = index_images(args.images)
+    model = load(args.weights, args.which, args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        keep = args.out is not None or not args.similar
+        out = (args.out or Path("features.npy")) if keep else Path(folder) / "features.npy"
+        features = embed(model, index, out, layers=args.layers, batch=args.batch)
+        if keep:
+            print(f"{len(features)} images, {features.shape[1]} features each, from the {args.which} encoder: {out}")
+        if args.similar:
+            tell_similar(features, index, args.images, model.image_size, args.sheet)
+
+
+def load(weights: Path, which: str, device: str | None) -> "Model":
+    """The model on `device` (by default a GPU where there is one), in bf16 on a GPU."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ijepa_fast.load(weights, which=which)
+    return model.to(device, torch.bfloat16) if torch.device(device).type == "cuda" else model.to(device)
+
+
+def embed(model: "Model", index: Index, out: Path, *, layers: int = 1, batch: int = 64) -> np.ndarray:
+    """Write the pooled features of all images of `index`; returns them, fp32 `[n, D * layers]`, memory-mapped.
+
+    The `layers` last blocks are concatenated. Raises `UserError` as `FeatureFile` and `center_crops` do; the rows of
+    the batches before are kept, and the next call with the same arguments goes on after them.
+    """
+    device = next(model.encoder.parameters()).device
+    dim = model.encoder.size.dim * layers
+    about = {"weights": _checksum(model.encoder), "image_size": model.image_size, "layers": layers, "pool": "mean"}
+    with FeatureFile(out, index, dim, about) as file, _bar() as bar:
+        task = bar.add_task("embedding", total=len(index), completed=file.done)
+        ids = np.arange(file.done, len(index))
+        for images in center_crops(index, ids, model.image_size, batch=batch, device=device):
+            features = model.features(images.to(device, non_blocking=True), layers=layers, pool="mean")
+            file.append(features.float().cpu().numpy())
+            bar.advance(task, len(images))
+        file.finish()
+    return _rows_of(out, len(index), dim)
+
+
+def tell_similar(features: np.ndarray, index: Index, paths: list[Path], image_size: int, sheet: Path) -> None:
+    """Print the cosine similarity of every pair of a few files; with a folder among `paths`, draw nearest neighbours.
+
+    The files are then the queries, or, without any, six images of the folder.
+    """
+    files = [i for i, path in enumerate(_one_each(paths, index)) if path is not None]
+    if len(files) == len(index) <= MOST_PAIRED:
+        unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+        for a, b in itertools.combinations(files, 2):
+            print(f"{unit[a] @ unit[b]:.4f}  {index.path(a)}  {index.path(b)}")
+        return
+    queries = files[:MOST_PAIRED] or np.unique(np.linspace(0, len(index) - 1, 6).astype(int)).tolist()
+    print(neighbours_sheet(features, index, queries, image_size, sheet))
+
+
+def _one_each(paths: list[Path], index: Index) -> Iterator[Path | None]:
+    """For every image of `index`: the file that was named, or None where it lies in a folder that was."""
+    if len(paths) == 1:
+        yield from [None if paths[0].is_dir() else paths[0]] * len(index)
+        return
+    named = {str(path.expanduser().resolve()): path for path in paths if not path.is_dir()}
+    yield from (named.get(index.path(i)) for i in range(len(index)))
+
+
+def _rows_of(out: Path, rows: int, dim: int) -> np.ndarray:
+    if out.suffix == ".npy":
+        return np.load(out, mmap_mode="r")
+    if out.suffix == ".safetensors":
+        return np.memmap(out, "<f4", "r", out.stat().st_size - rows * dim * 4, (rows, dim))
+    import pyarrow.parquet
+
+    column = pyarrow.parquet.read_table(out, columns=["features"])["features"].combine_chunks()
+    return column.values.to_numpy().reshape(rows, dim)
+
+
+def _checksum(module: nn.Module) -> int:
+    """Of all weights: which ones these are."""
+    crc = 0
+    for tensor in module.state_dict().values():
+        crc = zlib.crc32(tensor.detach().cpu().contiguous().view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
+    )  # fmt: skip
+
+
+def _parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_fast.embed",
+        description="Write the features of images, and tell which are alike. Rows are in the order of the images; "
+        "beside .npy and .safetensors a .csv lists their paths and classes. The same command goes on where it stopped.",
+        epilog="Examples: python -m ijepa_fast.embed WEIGHTS cat.jpg dog.jpg --similar (prints their cosine "
+        "similarity); python -m ijepa_fast.embed WEIGHTS cat.jpg PHOTOGRAPHS --similar (draws what is nearest to "
+        "cat.jpg); python -m ijepa_fast.embed WEIGHTS PHOTOGRAPHS --out photographs.safetensors",
+    )
+    parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file or folder of another format")
+    parser.add_argument("images", type=Path, nargs="+", help="files, or folders of images at any depth")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{', '.join(SUFFIXES)}; default: features.npy")
+    parser.add_argument("--similar", action="store_true", help="print or draw what is alike; writes no features "
+                        "unless --out is given")  # fmt: skip
+    parser.add_argument("--sheet", type=Path, default=Path("similar.png"), metavar="PNG", help="default: similar.png")
+    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder; default: target")
+    parser.add_argument("--layers", type=int, default=1, metavar="N", help="concatenate the last N; default: 1")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time; default: 64")
+    parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
+    return parser.parse_intermixed_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
