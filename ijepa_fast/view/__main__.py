@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from ijepa_fast.cli import command
-from ijepa_fast.view import masks
+from ijepa_fast.view import attention, features, masks, predictions
 
 
 @command
@@ -16,9 +16,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast.view", description="Draw what a run does.")
+    parser = argparse.ArgumentParser(
+        prog="python -m ijepa_fast.view", description="Draw what a run does, and what its model has learned."
+    )
     pictures = parser.add_subparsers(title="pictures", metavar="PICTURE", required=True)
-    masks.add_command(pictures)
+    for picture in (masks, features, predictions, attention):
+        picture.add_command(pictures)
     return parser
 
 
