@@ -9,6 +9,7 @@ setup(
     packages=[
         "ijepa_fast",
         "ijepa_fast.data",
+        "ijepa_fast.decode",
         "ijepa_fast.view",
         "ijepa_fast.weights",
         "ijepa_kernels",
@@ -34,6 +35,7 @@ setup(
         "hf": ["transformers>=5.17"],
         "timm": ["timm>=1.0.31"],  # brings torchvision, which the tests do without: see the Makefile
         "slurm": ["submitit"],
+        "parquet": ["pyarrow"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
         "dev": [
             "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",
