@@ -8,7 +8,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from ijepa_fast.data.decoder import build_decoder, open_image
+from ijepa_fast.data.decoder import build_decoder
+from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.index import RECORD, Index, PathTable, build_index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import center_boxes

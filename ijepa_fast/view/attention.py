@@ -44,7 +44,7 @@ def attention_sheet(
     """Write a PNG: each crop (uint8 `[B, S, S, 3]`) with the patch marked, and its heads' `maps` (`[B, heads, N]`)."""
     grid = round(maps.shape[2] ** 0.5)
     columns = ["crop", *(f"head {head + 1}" for head in range(maps.shape[1]))]
-    facts = f"{layer}: attention of the outlined patch to all {grid} x {grid}; bright is much, scaled head by head"
+    facts = f"{layer}: attention of the outlined patch to all {grid} x {grid}, dark to bright over the range below"
     sheet = Sheet("Attention of the heads", facts, columns, len(images), panel=whole_cells(grid, _PANEL))
     marked = (np.arange(grid * grid) == patch).reshape(grid, grid)
     for row, (image, heads, name) in enumerate(zip(images, maps.cpu().numpy(), names, strict=True)):
@@ -52,8 +52,9 @@ def attention_sheet(
         sheet.draw(row, 0, crop, name)
         sheet.outline(row, 0, marked, COLOURS[0], width=1.5)
         for column, weights in enumerate(heads, start=1):
-            heat = _coloured(weights.reshape(grid, grid) / np.quantile(weights, 0.99))
-            sheet.draw(row, column, resized(heat, sheet.panel), f"most {weights.max():.1%}")
+            low, high = np.quantile(weights, [0.01, 0.99])
+            heat = _coloured((weights.reshape(grid, grid) - low) / max(high - low, 1e-12))
+            sheet.draw(row, column, resized(heat, sheet.panel), f"{low:.2%} to {high:.2%}")
             sheet.outline(row, column, marked, COLOURS[0])
     return sheet.save(out_path)
 

@@ -35,4 +35,4 @@ def chosen(index: Index, rows: int) -> tuple[np.ndarray, list[str]]:
         raise UserError(f"--rows must be at least 1, not {rows}")
     ids = np.unique(np.linspace(0, len(index) - 1, min(rows, len(index))).astype(np.int64))
     names = [os.path.basename(index.path(i)) for i in ids]
-    return ids, [name if len(name) <= 32 else f"{name[:31]}…" for name in names]
+    return ids, [name if len(name) <= 26 else f"{name[:25]}…" for name in names]

@@ -119,4 +119,5 @@ def rgb(colour: str) -> np.ndarray:
 
 def _fitting(text: str, width: int, most: float, *, bold: bool = False) -> float:
     """The font size at which `text` fits into `width` pixels less the margins, at most `most` points."""
-    return min(most, (width - 2 * MARGIN) / ((1.4 if bold else 1.2) * max(len(text), 1)))
+    # A bold character is about 1.4 pixels a point wide, another 1.25.
+    return min(most, (width - 2 * MARGIN) / ((1.4 if bold else 1.25) * max(len(text), 1)))
