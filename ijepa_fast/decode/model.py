@@ -51,7 +51,7 @@ class ResidualBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Velocity of noisy blocks. About 3 M parameters; 4 x 4 pixels fold into channels, so it starts at 32 / 2 px."""
+    """The velocity of noisy blocks. 3 to 4 M parameters; 2 x 2 pixels fold into channels, so it begins at 32 x 32."""
 
     def __init__(self, settings: DecoderSettings):
         super().__init__()
@@ -104,7 +104,7 @@ class Decoder(nn.Module):
         return F.mse_loss(self((1 - at) * z + at * pixels, t, features), pixels - z)
 
     @torch.no_grad()
-    def sample(self, features: Tensor, generator: torch.Generator | None = None, steps: int = 32) -> Tensor:
+    def sample(self, features: Tensor, generator: torch.Generator | None = None, steps: int = 16) -> Tensor:
         """Blocks for `features` `[n, feature_dim, 8, 8]`: uint8 `[n, 64, 64, 3]`, by Heun's method from fresh noise."""
         x = torch.randn((len(features), 3, SIZE, SIZE), generator=generator).to(features.device)
         for i in range(steps):

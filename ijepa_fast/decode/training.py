@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 MASKS = MaskConfig(collate="ragged")
 _MOMENTUM = 0.995  # of the average of the decoder's weights, which is what is kept
 _WARMUP = 100  # steps
-_SAVE_EVERY = 500  # steps
+_SAVE_EVERY = 100  # steps
 
 
 def train(
@@ -32,7 +32,7 @@ def train(
     """Train a decoder for `model` for `steps` updates of `batch` images, into `out`; returns the loss of each.
 
     Every image gives as many blocks as it has targets. AdamW, a short warm-up, then a cosine to zero; what is saved,
-    also every 500 steps, is the moving average of the weights. `weights` is written into the file.
+    also every 100 steps, is the moving average of the weights. `weights` is written into the file.
     """
     torch.manual_seed(seed)
     settings = DecoderSettings(model.encoder.size.dim, model.image_size, model.patch_size)

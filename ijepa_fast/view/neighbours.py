@@ -1,5 +1,4 @@
 """What is nearest in feature space: a query a row, and beside it the images whose features are most like its own."""
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,18 +44,16 @@ def neighbours_sheet(
     )
     for row, query in enumerate(queries):
         others = [(query, "")]
-        others += [(i, f"{s:.3f}  ") for s, i in zip(similar[row], rows[row], strict=True) if i != query][:count]
+        others += [(i, f"{s:.3f} ") for s, i in zip(similar[row], rows[row], strict=True) if i != query][:count]
         crops = center_crops(index, [i for i, _ in others], image_size, batch=1)
         for column, (crop, (i, said)) in enumerate(zip(crops, others, strict=True)):
-            sheet.draw(row, column, resized(crop[0].numpy(), _PANEL), said + _short(index, i))
+            sheet.draw(row, column, resized(crop[0].numpy(), _PANEL), said + _class(index, i))
     return sheet.save(out_path)
 
 
-def _short(index: Index, image: int) -> str:
-    """Its class, where it has one, or the file's name."""
+def _class(index: Index, image: int) -> str:
     label = index.records["label"][image]
-    name = index.class_names[label] if label >= 0 else os.path.basename(index.path(image))
-    return name if len(name) <= 24 else name[:23] + "…"
+    return index.class_names[label] if label >= 0 else ""
 
 
 def _unit(rows: np.ndarray) -> np.ndarray:
