@@ -11,10 +11,10 @@ from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.decode.blocks import predicted_blocks
 from ijepa_fast.decode.model import load
 from ijepa_fast.decode.show import decoded_sheet
-from ijepa_fast.decode.training import MASKS, train
+from ijepa_fast.decode.training import train
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.view.open import chosen, open_model
+from ijepa_fast.view.open import MASKS, chosen, open_model
 
 
 @command

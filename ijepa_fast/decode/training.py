@@ -9,17 +9,16 @@ from ijepa_kernels import ema_update_
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijepa_fast.config import DataConfig, MaskConfig
+from ijepa_fast.config import DataConfig
 from ijepa_fast.data.pipeline import build_pipeline
 from ijepa_fast.decode.blocks import predicted_blocks
 from ijepa_fast.decode.model import Decoder, DecoderSettings, save, to_float
 from ijepa_fast.masks import MultiBlockMasks
+from ijepa_fast.view.open import MASKS
 
 if TYPE_CHECKING:
     from ijepa_fast.weights import Model
 
-# Of the reference recipe, and no token of a context thrown away.
-MASKS = MaskConfig(collate="ragged")
 _MOMENTUM = 0.995  # of the average of the decoder's weights, which is what is kept
 _WARMUP = 100  # steps
 _SAVE_EVERY = 100  # steps

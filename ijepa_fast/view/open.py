@@ -8,11 +8,15 @@ import numpy as np
 import torch
 
 import ijepa_fast
+from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.index import Index
 from ijepa_fast.errors import UserError
 
 if TYPE_CHECKING:
     from ijepa_fast.weights import Model
+
+# Of the reference sampler, with nothing of a context thrown away, and also on grids of a few patches.
+MASKS = MaskConfig(collate="ragged", min_keep=1)
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: str, rows: int = 6) -> None:

@@ -15,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.data.index import Index
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 from ijepa_fast.view.masks import visible_patches
-from ijepa_fast.view.open import add_arguments, chosen, open_model
+from ijepa_fast.view.open import MASKS, add_arguments, chosen, open_model
 from ijepa_fast.view.sheet import COLOURS, INK, Sheet, dimmed, enlarged, resized, whole_cells
 
 if TYPE_CHECKING:
@@ -131,9 +130,8 @@ def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    config = MaskConfig(collate="ragged")
-    if not 1 <= args.blocks <= config.num_targets or args.most < 1:
-        raise UserError(f"--blocks must be 1 to {config.num_targets} and --most at least 1, "
+    if not 1 <= args.blocks <= MASKS.num_targets or args.most < 1:
+        raise UserError(f"--blocks must be 1 to {MASKS.num_targets} and --most at least 1, "
                         f"not {args.blocks} and {args.most}")  # fmt: skip
     paths = [*args.images, *rest]
     index = index_images(paths)
@@ -143,7 +141,7 @@ def _draw(args: argparse.Namespace, rest: list[str]) -> None:
         raise UserError(f"{args.weights} holds no predictor: name a run, or a released checkpoint")
     ids, names = chosen(index, args.rows)
     images = torch.cat(list(center_crops(index, ids, model.image_size, batch=_BATCH)))
-    masks = MultiBlockMasks(config, model.encoder.grid, args.seed, len(images)).sample(0, 0, len(images))
+    masks = MultiBlockMasks(MASKS, model.encoder.grid, args.seed, len(images)).sample(0, 0, len(images))
     shown = {index.path(i) for i in ids}
     others = np.array([i for i in chosen(bank, args.most + len(ids))[0] if bank.path(i) not in shown], np.int64)
     if not len(others):
