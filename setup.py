@@ -39,7 +39,7 @@ setup(
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
         "dev": [
             "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",
-            "transformers>=5.17",
+            "transformers>=5.17", "pyarrow",
         ],
     },
 )

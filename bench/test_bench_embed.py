@@ -39,6 +39,7 @@ class Model:
 
 def run(folder: Path, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each part by provider, and the peak of memory after each."""
+    (folder / "images").mkdir()
     write_folder(folder / "images", "500x375", IMAGES)
     model = Model(device)
     files = sorted((folder / "images").iterdir())

@@ -50,6 +50,18 @@ class ResidualBlock(nn.Module):
         return self.skip(x) + y
 
 
+class Stage(nn.Module):
+    """Two residual blocks, at one resolution."""
+
+    def __init__(self, channels_in: int, channels: int, time_dim: int):
+        super().__init__()
+        self.first = ResidualBlock(channels_in, channels, time_dim)
+        self.second = ResidualBlock(channels, channels, time_dim)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        return self.second(self.first(x, time), time)
+
+
 class Decoder(nn.Module):
     """The velocity of noisy blocks. 3 to 4 M parameters; 2 x 2 pixels fold into channels, so it begins at 32 x 32."""
 
@@ -64,13 +76,9 @@ class Decoder(nn.Module):
         self.down, self.up, self.told = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for before, width in zip((first, *widths), widths):  # noqa: B905 (pairs of neighbours)
             self.told.append(nn.Conv2d(widths[-1], before, 1))
-            self.down.append(nn.ModuleList(
-                [ResidualBlock(before, width, time_dim), ResidualBlock(width, width, time_dim)]
-            ))  # fmt: skip
+            self.down.append(Stage(before, width, time_dim))
         for width, below in zip(reversed(widths), (widths[-1], *reversed(widths))):  # noqa: B905
-            self.up.append(nn.ModuleList(
-                [ResidualBlock(below + width, width, time_dim), ResidualBlock(width, width, time_dim)]
-            ))  # fmt: skip
+            self.up.append(Stage(below + width, width, time_dim))
         self.norm, self.outer = nn.GroupNorm(8, first), nn.Conv2d(first, 12, 3, padding=1)
         nn.init.zeros_(self.outer.weight)
 
@@ -80,19 +88,16 @@ class Decoder(nn.Module):
         told = F.silu(self.feature(features))
         x = self.inner(F.pixel_unshuffle(noisy, 2))
         kept = []
-        for i, (tell, blocks) in enumerate(zip(self.told, self.down, strict=True)):
+        for i, (tell, stage) in enumerate(zip(self.told, self.down, strict=True)):
             if i:
                 x = F.avg_pool2d(x, 2)
             x = x + tell(F.interpolate(told, size=x.shape[-2:], mode="bilinear"))
-            for block in blocks:
-                x = block(x, time)
+            x = stage(x, time)
             kept.append(x)
-        for i, blocks in enumerate(self.up):
+        for i, stage in enumerate(self.up):
             if i:
                 x = F.interpolate(x, scale_factor=2, mode="nearest")
-            x = torch.cat([x, kept.pop()], dim=1)
-            for block in blocks:
-                x = block(x, time)
+            x = stage(torch.cat([x, kept.pop()], dim=1), time)
         return F.pixel_shuffle(self.outer(F.silu(self.norm(x))), 2)
 
     def loss(self, pixels: Tensor, features: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -5,6 +5,7 @@ be chosen whose attention is drawn; by default the one in the middle.
 """
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import VisionTransformer
+from ijepa_fast.model import Block, VisionTransformer
 from ijepa_fast.view.open import add_arguments, chosen, open_model
 from ijepa_fast.view.sheet import COLOURS, Sheet, resized, whole_cells
 
@@ -32,7 +33,7 @@ def attention_maps(encoder: VisionTransformer, images: Tensor, layer: int, patch
     blocks = list(encoder.blocks)
     for block in blocks[: layer % len(blocks)]:
         x = block(x, packed.cu_seqlens, packed.max_seqlen)
-    block = blocks[layer]
+    block = cast(Block, blocks[layer])
     heads = block.attn.num_heads
     q, k, _ = block.attn.qkv(block.norm1(x)).float().view(len(images), -1, 3, heads, x.shape[1] // heads).unbind(2)
     return torch.einsum("bhd,bnhd->bhn", q[:, patch] * q.shape[-1] ** -0.5, k).softmax(-1)

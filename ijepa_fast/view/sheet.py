@@ -4,6 +4,7 @@ Dark, so that what is hidden can sink into it, and one file serves light and dar
 """
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -86,7 +87,7 @@ class Sheet:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
         return Path(path)
 
-    def _text(self, x: int, y: int, text: str, colour: str, size: float, **style: str) -> None:
+    def _text(self, x: int, y: int, text: str, colour: str, size: float, **style: Any) -> None:
         self._axes.text(x, y, text, color=colour, fontsize=size, **{"va": "top", **style})
 
 
