@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench.compare import NotRun
-from bench.photographs import write_folder
+from bench.harness.compare import NotRun
+from bench.harness.workload import write_photographs
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.embed import embed
 from ijepa_fast.model import build_encoder
@@ -40,7 +40,7 @@ class Model:
 def run(folder: Path, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each part by provider; and "resident", the bytes held after each part of ours."""
     (folder / "images").mkdir()
-    write_folder(folder / "images", "500x375", IMAGES)
+    write_photographs(folder / "images", "500x375", IMAGES)
     model = Model(device)
     files = sorted((folder / "images").iterdir())
     seconds: dict[str, list[float]] = {"ours": [], "loop": [], "forward": [], "resident": []}
