@@ -54,7 +54,7 @@ def assume_constant_result(function: Callable) -> Callable:
 
     When it moves: take the public one.
     """
-    function._dynamo_marked_constant = True
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
