@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         out = (args.out or Path("features.npy")) if keep else Path(folder) / "features.npy"
         features = embed(model, index, out, layers=args.layers, batch=args.batch)
         if keep:
-            print(f"{len(features)} images, {features.shape[1]} features each, from the {args.which} encoder: {out}")
+            print(f"{len(features)} images, {features.shape[1]} features each, from the {model.which} encoder: {out}")
         if args.similar:
             tell_similar(features, index, args.images, model.image_size, args.sheet)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tiny_model import TinyModel
+from tiny_model import tiny_model
 
 import ijepa_fast
 from ijepa_fast.decode.__main__ import main
@@ -19,12 +19,12 @@ SMALL = DecoderSettings(feature_dim=3, image_size=24, patch_size=4, widths=(16, 
 
 @pytest.fixture(scope="module")
 def model():
-    return TinyModel()
+    return tiny_model()
 
 
 @pytest.fixture(autouse=True)
 def _weights(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model, raising=False)
+    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model)
     monkeypatch.chdir(tmp_path)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny_model import TinyModel
+from tiny_model import tiny_model
 
 import ijepa_fast
 from ijepa_fast.data import images as images_module
@@ -20,12 +20,12 @@ from ijepa_fast.view.neighbours import nearest
 
 @pytest.fixture(scope="module")
 def model():
-    return TinyModel()
+    return tiny_model()
 
 
 @pytest.fixture(autouse=True)
 def _weights(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model, raising=False)
+    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model)
     monkeypatch.chdir(tmp_path)
 
 

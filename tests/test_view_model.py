@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tiny_model import TinyModel
+from tiny_model import tiny_model
 
 import ijepa_fast
 from ijepa_fast.view import sheet as sheets
@@ -16,12 +16,12 @@ from ijepa_fast.view.predictions import bank_features, retrieve
 
 @pytest.fixture(scope="module")
 def model():
-    return TinyModel()
+    return tiny_model()
 
 
 @pytest.fixture(autouse=True)
 def _weights(model, monkeypatch, tmp_path):
-    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model, raising=False)
+    monkeypatch.setattr(ijepa_fast, "load", lambda path, which: model)
     monkeypatch.chdir(tmp_path)
 
 
@@ -60,7 +60,7 @@ def test_attention_is_what_the_block_computes(model):
 def test_the_nearest_patch_is_retrieved_whole(model):
     """A query that is a patch's own feature finds that patch, in whichever batch it lies."""
     bank = images(5)
-    dense = model.features(bank)
+    dense = model.features(bank, pool=None)
     queries = bank_features(dense)[[0, 77, 179]]
     found = retrieve(queries, iter([(bank[:3], dense[:3]), (bank[3:], dense[3:])]), 4)
     assert found.similarity == pytest.approx(1, abs=1e-5)
