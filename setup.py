@@ -10,6 +10,7 @@ setup(
         "ijepa_fast",
         "ijepa_fast.data",
         "ijepa_fast.decode",
+        "ijepa_fast.evaluation",
         "ijepa_fast.view",
         "ijepa_fast.weights",
         "ijepa_kernels",

@@ -52,14 +52,6 @@ def test_logistic_of_a_dimension_that_never_varies(sets):
     torch.testing.assert_close(with_it.logits(dead[1]), without.logits(x_val), atol=1e-3, rtol=0)
 
 
-def test_logistic_starts_anywhere(sets):
-    x, y, x_val, _ = sets
-    far = fit_logistic(x, y, C=100)
-    torch.testing.assert_close(
-        fit_logistic(x, y, C=0.01, start=far).logits(x_val), fit_logistic(x, y, C=0.01).logits(x_val), atol=5e-3, rtol=0
-    )
-
-
 def test_logistic_chooses_on_a_part_of_train_alone(sets):
     x, y, *_ = sets
     chosen = choose_logistic(x, y, grid=(1e-5, 0.1, 1e3))

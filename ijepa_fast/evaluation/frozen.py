@@ -1,0 +1,88 @@
+"""Encoders as evaluation wants them: frozen, on a device, in its precision; and one of random weights to compare with.
+
+What `ijepa_fast.load` returns and what `random_weights` returns are used alike: `.encoder`, a `VisionTransformer`, and
+`.features(images, layers, pool)`.
+"""
+import hashlib
+import re
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from ijepa_fast.errors import UserError
+from ijepa_fast.model import SIZES, Linear, PatchEmbed, VisionTransformer, build_encoder
+
+LAYERS = 4  # the paper's second representation: the last four, side by side
+_RANDOM = re.compile(r"random:(?P<name>\w+)/(?P<patch>\d+)@(?P<image>\d+)(?:#(?P<seed>\d+))?")
+
+
+class Encoder(Protocol):
+    """What evaluation needs of weights."""
+
+    encoder: VisionTransformer
+
+    def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor: ...
+
+
+class Frozen(nn.Module):
+    """An encoder that gives features of whole images."""
+
+    def __init__(self, encoder: VisionTransformer):
+        super().__init__()
+        self.encoder = encoder
+
+    def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor:
+        """fp32 `[B, layers * D]` of the last `layers` blocks side by side, the last one last; `[B, N, ...]` unpooled.
+
+        `images` as the encoder takes them. Every block's output goes through the encoder's final norm.
+        """
+        outputs: list[Tensor] = []
+        blocks = list(self.encoder.blocks)[-layers:]
+        hooks = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in blocks]
+        try:
+            last = self.encoder(images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        shape = last.shape
+        every = [self.encoder.norm(output).view(shape) for output in outputs[:-1]] + [last]
+        return torch.cat([x.float().mean(1) if pool == "mean" else x.float() for x in every], dim=-1)
+
+
+def random_weights(name: str) -> Frozen:
+    """`random:vit_tiny/16@128`: a ViT-Ti of patches of 16 pixels at 128, `#SEED` after it for other weights.
+
+    What every pretrained encoder has to beat. Raises UserError where the name is another.
+    """
+    parts = _RANDOM.fullmatch(name)
+    if parts is None or parts["name"] not in SIZES:
+        raise UserError(
+            f"{name} does not name random weights: write random:MODEL/PATCH@PIXELS, for instance "
+            f"random:vit_small/16@224, MODEL being one of {', '.join(SIZES)}"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(parts["seed"] or 0))
+            encoder = build_encoder(parts["name"], image_size=int(parts["image"]), patch_size=int(parts["patch"]))
+    except (ValueError, ZeroDivisionError) as error:
+        raise UserError(f"{name}: {error}") from None
+    return Frozen(encoder)
+
+
+def prepare(model: nn.Module, device: torch.device) -> Encoder:
+    """`model` on `device`, in eval mode, without gradients, matrix products in bf16 on a GPU; in place."""
+    for part in model.modules():
+        if isinstance(part, Linear | PatchEmbed | VisionTransformer):
+            part.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return cast(Encoder, model.to(device).eval().requires_grad_(False))
+
+
+def weights_digest(encoder: VisionTransformer) -> str:
+    """SHA-256 of an encoder's architecture and weights, in hexadecimal digits."""
+    digest = hashlib.sha256(repr((encoder.size, encoder.image_size, encoder.patch_size)).encode())
+    for name, value in sorted(encoder.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.view(torch.uint8).numpy().data if value.numel() else b"")
+    return digest.hexdigest()
