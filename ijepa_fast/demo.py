@@ -15,7 +15,7 @@ from rich.table import Table
 from ijepa_fast import distributed
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
-from ijepa_fast.evaluate import evenly
+from ijepa_fast.evaluation.probe import evenly
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.retrieval import accuracy, ask, photograph_accuracy, retrieve, retrieve_by_colour
 from ijepa_fast.retrieval_sheet import retrieval_sheet

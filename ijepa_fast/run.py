@@ -14,7 +14,7 @@ from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.pipeline import ImageSource, Pipeline, build_pipeline
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
-from ijepa_fast.evaluate import Probe, build_probe
+from ijepa_fast.evaluation.probe import Probe, build_probe
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor
 from ijepa_fast.optim import Schedule, build_optimizer, build_schedule

@@ -13,7 +13,7 @@ from ijepa_fast.config import load_config
 from ijepa_fast.data.index import build_index
 from ijepa_fast.demo import PHOTOGRAPHS, write_photographs
 from ijepa_fast.errors import UserError
-from ijepa_fast.evaluate import held_out
+from ijepa_fast.evaluation.probe import held_out
 from ijepa_fast.flops import StepFlops, step_flops
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.metrics import read_log

@@ -10,7 +10,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluation.knn import knn_predictions
 from ijepa_fast.evaluation.logistic import choose_logistic, fit_logistic
-from ijepa_fast.evaluation.rank import lidar, rankme, spread
+from ijepa_fast.evaluation.rank import lidar, spread
 from ijepa_fast.evaluation.split import shots, stratified
 
 HALF_A_POINT = 0.005  # what the project promises beside scikit-learn
@@ -135,10 +135,6 @@ def test_lidar_against_scipy():
     p = eigenvalues / eigenvalues.sum() + 1e-7
     assert math.isclose(lidar(torch.from_numpy(features)), np.exp(-(p * np.log(p)).sum()), rel_tol=1e-9)
     assert 1 < lidar(torch.from_numpy(features)) < 6
-
-
-def test_rankme_of_orthogonal_rows_is_their_number():
-    assert math.isclose(rankme(torch.eye(12)), 12, rel_tol=1e-4)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5])

@@ -14,7 +14,9 @@ from ijepa_fast.data.loader import eval_batches
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
-from ijepa_fast.evaluate import Probe, build_probe, held_out, knn_accuracy, pooled, rankme
+from ijepa_fast.evaluation.knn import knn_accuracy
+from ijepa_fast.evaluation.probe import Probe, build_probe, held_out, pooled
+from ijepa_fast.evaluation.rank import rankme
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 

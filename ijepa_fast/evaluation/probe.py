@@ -1,45 +1,21 @@
-"""How good frozen features are, without training anything on them: RankMe and k-NN.
+"""The probe of a run: what the target encoder's features are worth while it trains.
 
-The loss of I-JEPA says little (its targets move, and it is low after a collapse too), so these are what to watch.
+The loss of I-JEPA says little (its targets move, and it is low after a collapse too), so this is what to watch.
 """
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.data.index import Index
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
+from ijepa_fast.evaluation.knn import knn_accuracy
+from ijepa_fast.evaluation.rank import rankme
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07
 CLASS_AT_LEAST = 4  # images of a class that a probe wants
 HELD_OUT = 5  # one image in so many of each class is a query, the rest are the bank
-
-
-def rankme(features: Tensor) -> float:
-    """RankMe of features `[n, D]`: the exponential of the entropy of their normalised singular values.
-
-    Between 1 (collapsed) and min(n, D). Garrido et al., "RankMe: Assessing the Downstream Performance of Pretrained
-    Self-Supervised Representations by Their Rank" (arXiv 2210.02885), equation 1.
-    """
-    singular = torch.linalg.svdvals(features.double())
-    p = singular / singular.sum().clamp_min(1e-12) + 1e-7
-    return float(torch.exp(-(p * p.log()).sum()))
-
-
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, labels: Tensor) -> float:
-    """Top-1 accuracy of a weighted k-nearest-neighbour vote by cosine similarity.
-
-    Features `[n, D]` and labels int64 `[n]` of bank and queries. k = 20 (or the whole bank) and weights
-    exp(similarity / 0.07), as in Wu et al. (arXiv 1805.01978) and DINO (arXiv 2104.14294).
-    """
-    bank, queries = F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1)
-    similarity, nearest = (queries @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=bank.device)
-    votes.scatter_add_(1, bank_labels[nearest], (similarity / TEMPERATURE).exp())
-    return float((votes.argmax(1) == labels).float().mean())
 
 
 def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
