@@ -9,6 +9,7 @@
 - `hsdp`: the same within groups of `parallel.shard_size` ranks (a node), each group a replica.
 """
 import contextlib
+import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,16 +103,11 @@ class World:
 @contextlib.contextmanager
 def join(config: Config) -> Iterator[World]:
     """Join the processes torchrun started (if any), choose device and strategy, and pin torch's threads."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    # A float sum depends on how many threads share it, so their number is pinned: a run is exact only with it.
-    torch.set_num_threads(config.parallel.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
-    device = _device(local_rank, local_size)
-    if device.type == "cpu":
-        keep_freed_memory()
+    alone, local_size = _this_process(config.parallel.cpu_threads)
+    rank, size, device = alone.rank, alone.size, alone.device
     strategy = _strategy(config, size, device)
     if strategy == "single":
-        yield World(rank, size, device, strategy, local_rank=local_rank)
+        yield alone
         return
     if "RANK" not in os.environ:
         raise UserError(
@@ -120,16 +116,28 @@ def join(config: Config) -> Iterator[World]:
     shards = config.parallel.shard_size or local_size
     if strategy == "hsdp" and size % shards:
         raise UserError(f"parallel.shard_size={shards} does not divide the {size} processes")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(_backends(device))
     _check_same_config(World(rank, size, device, strategy), config)
     mesh = None
     if strategy == "fsdp":
         mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
     elif strategy == "hsdp":
         mesh = init_device_mesh(device.type, (size // shards, shards), mesh_dim_names=("replicate", "shard"))
-    yield World(rank, size, device, strategy, mesh, local_rank)
+    yield World(rank, size, device, strategy, mesh, alone.local_rank)
     # Not after an error: it would wait for collectives that this rank takes no part in. Exiting closes its connections,
     # and the other ranks lose contact.
+    dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def join_replicas(cpu_threads: int | None = None) -> Iterator[World]:
+    """The same without a config, for ranks that hold whole models each, as evaluation does."""
+    alone, _ = _this_process(cpu_threads)
+    if alone.size == 1:
+        yield alone
+        return
+    dist.init_process_group(_backends(alone.device))
+    yield dataclasses.replace(alone, strategy="ddp")
     dist.destroy_process_group()
 
 
@@ -147,6 +155,22 @@ def lost_contact(error: RuntimeError) -> str | None:
     if isinstance(error, dist.DistError):
         return f"{sentence}: {' '.join(str(error).split())}"
     return sentence if "gloo/transport" in str(error) else None
+
+
+def _this_process(cpu_threads: int | None) -> tuple[World, int]:
+    """Rank and device as torchrun's environment gives them, and how many processes this machine runs."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    # A float sum depends on how many threads share it, so their number is pinned: a run is exact only with it.
+    torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    device = _device(local_rank, local_size)
+    if device.type == "cpu":
+        keep_freed_memory()
+    return World(rank, size, device, "single", local_rank=local_rank), local_size
+
+
+def _backends(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:

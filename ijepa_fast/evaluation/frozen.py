@@ -1,4 +1,4 @@
-"""Encoders as evaluation wants them: frozen, on a device, in its precision; and one of random weights to compare with.
+"""Encoders as evaluation wants them: frozen, on a device, in its precision; and two baselines to compare with.
 
 What `ijepa_fast.load` returns and what `random_weights` returns are used alike: `.encoder`, a `VisionTransformer`, and
 `.features(images, layers, pool)`.
@@ -10,8 +10,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+import ijepa_fast
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import SIZES, Linear, PatchEmbed, VisionTransformer, build_encoder
+from ijepa_fast.model import SIZES, Linear, PatchEmbed, Size, VisionTransformer, build_encoder
 
 LAYERS = 4  # the paper's second representation: the last four, side by side
 _RANDOM = re.compile(r"random:(?P<name>\w+)/(?P<patch>\d+)@(?P<image>\d+)(?:#(?P<seed>\d+))?")
@@ -28,7 +29,7 @@ class Encoder(Protocol):
 class Frozen(nn.Module):
     """An encoder that gives features of whole images."""
 
-    def __init__(self, encoder: VisionTransformer):
+    def __init__(self, encoder: "VisionTransformer | PixelEncoder"):
         super().__init__()
         self.encoder = encoder
 
@@ -48,6 +49,37 @@ class Frozen(nn.Module):
         shape = last.shape
         every = [self.encoder.norm(output).view(shape) for output in outputs[:-1]] + [last]
         return torch.cat([x.float().mean(1) if pool == "mean" else x.float() for x in every], dim=-1)
+
+
+def open_weights(name: str, which: str = "target") -> Encoder:
+    """The `which` encoder ("target" or "context") of a file or a run's folder, or one of the baselines.
+
+    Baselines: `random:MODEL/PATCH@PIXELS` (see `random_weights`) and `pixels`. Raises UserError as `ijepa_fast.load`
+    does.
+    """
+    if name.startswith("random:"):
+        return random_weights(name)
+    if name == "pixels":
+        return Frozen(PixelEncoder())
+    return ijepa_fast.load(name, which=which)
+
+
+class PixelEncoder(nn.Module):
+    """No encoder at all: the pixels of an image of 16 x 16, `[B, 1, 768]` in 0 ... 1, from uint8 `[B, 16, 16, 3]`.
+
+    A second baseline: what can be told from colours and where they are.
+    """
+
+    image_size = patch_size = 16
+    size = Size(dim=16 * 16 * 3, depth=1, num_heads=1, mlp_dim=0)
+    compute_dtype = residual_dtype = torch.float32
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity()])
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().flatten(1)[:, None] / 255
 
 
 def random_weights(name: str) -> Frozen:

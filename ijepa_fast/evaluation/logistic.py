@@ -88,9 +88,8 @@ class _Problem:
     def solve(self, C: float) -> Logistic:
         penalty = 1 / (C * len(self.x))
         root = (self.variances.clamp_min(0) / self.classes + penalty).sqrt()
-        x = self.x / root
-        scaled = x.new_zeros(self.classes, x.shape[1]).requires_grad_()  # the weights times the root
-        bias = x.new_zeros(self.classes).requires_grad_()
+        scaled = self.x.new_zeros(self.classes, len(root)).requires_grad_()  # the weights times the root
+        bias = self.x.new_zeros(self.classes).requires_grad_()
         solver = torch.optim.LBFGS(
             [scaled, bias],
             max_iter=_STEPS,
@@ -102,8 +101,9 @@ class _Problem:
 
         def closure() -> Tensor:
             solver.zero_grad()
-            loss = F.cross_entropy(F.linear(x, scaled, bias), self.labels)
-            loss = loss + penalty / 2 * (scaled / root).square().sum()
+            weight = scaled / root
+            loss = F.cross_entropy(F.linear(self.x, weight, bias), self.labels)
+            loss = loss + penalty / 2 * weight.square().sum()
             loss.backward()
             return loss
 
