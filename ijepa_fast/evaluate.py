@@ -177,7 +177,8 @@ def _report(rows: list[Row], about: dict[str, Any], file: Path | None, console: 
     encoder = f"{about['which']} encoder of {about['weights']}" if about["which"] else about["weights"]
     console.print(table(rows, f"{encoder} on {about['data']}"))
     images = f"{about['train_images']} images to train on, {about['val_images']} evaluated"
-    console.print(f"{images}, {len(about['classes'])} classes; {about['split']}. {about['seconds']:.0f} s.", markup=False)
+    classes = f"{len(about['classes'])} classes"
+    console.print(f"{images}, {classes}; {about['split']}. {about['seconds']:.0f} s.", markup=False)
     if file is not None:
         write_json(file, rows, about)
         console.print(f"results     {file}", markup=False)

@@ -19,8 +19,8 @@ from ijepa_fast.evaluation.split import stratified
 
 EPOCHS, STEPS, DROP = 50, (15, 30, 45), 0.1
 MOMENTUM, TRUST = 0.9, 0.001
-# For about 64 updates an epoch, whatever the set: not scaled with the batch. LARS at 6.4 is the usual 0.1 for a batch of
-# 256, scaled to the 16384 that ImageNet is trained with; small sets of poor features want more.
+# For about 64 updates an epoch, whatever the set: not scaled with the batch. LARS at 6.4 is the usual 0.1 for a batch
+# of 256, scaled to the 16384 that ImageNet is trained with; small sets of poor features want more.
 RATES = {"lars": (1.6, 6.4, 25.6, 102.4), "sgd": (0.001, 0.01, 0.1, 1.0)}
 DECAYS = (0.0, 5e-4)
 HELD_OUT = 0.2

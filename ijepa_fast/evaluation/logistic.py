@@ -16,7 +16,7 @@ from ijepa_fast.evaluation.split import stratified
 
 GRID = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0)
 HELD_OUT = 0.2
-_STEPS, _TOLERANCE = 1000, 1e-6
+_STEPS, _TOLERANCE = 1000, 1e-5
 
 
 class Logistic(NamedTuple):
@@ -57,7 +57,7 @@ def choose_logistic(
     best, best_right = grid[len(grid) // 2], -1
     if len(grid) > 1 and len(held) and len(labels[fit].unique()) > 1:
         problem = _Problem(features[fit], labels[fit], classes)
-        for C in sorted(grid):
+        for C in sorted(grid):  # each solution starts from the last one
             right = int((problem.solve(C).predict(features[held]) == labels[held]).sum())
             if right > best_right:
                 best, best_right = C, right
@@ -83,13 +83,15 @@ class _Problem:
         self.variances, self.directions = torch.linalg.eigh(x.T @ x / len(x))
         self.x, self.labels = x @ self.directions, labels
         self.classes = int(labels.max()) + 1 if classes is None else classes
-        self.steps = 0  # of the last solution
+        self._weight = self.x.new_zeros(self.classes, x.shape[1])  # the last solution, where the next one begins
+        self._bias = self.x.new_zeros(self.classes)
+        self.steps = 0  # that it took
 
     def solve(self, C: float) -> Logistic:
         penalty = 1 / (C * len(self.x))
         root = (self.variances.clamp_min(0) / self.classes + penalty).sqrt()
-        scaled = self.x.new_zeros(self.classes, len(root)).requires_grad_()  # the weights times the root
-        bias = self.x.new_zeros(self.classes).requires_grad_()
+        scaled = (self._weight * root).requires_grad_()
+        bias = self._bias.clone().requires_grad_()
         solver = torch.optim.LBFGS(
             [scaled, bias],
             max_iter=_STEPS,
@@ -110,5 +112,5 @@ class _Problem:
         with torch.inference_mode(False), torch.enable_grad():
             solver.step(closure)
         self.steps = solver.state[scaled]["n_iter"]
-        weight = (scaled.detach() / root) @ self.directions.T
-        return Logistic(self.mean, self.scale, weight, bias.detach(), C)
+        self._weight, self._bias = scaled.detach() / root, bias.detach()
+        return Logistic(self.mean, self.scale, self._weight @ self.directions.T, self._bias, C)
