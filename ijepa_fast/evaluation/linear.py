@@ -124,7 +124,7 @@ def train_heads(
     lr = torch.tensor([setting.lr for setting in settings], device=device)
     decay = torch.tensor([setting.weight_decay for setting in settings], device=device)
     normed = _normed(settings)
-    drops = [round(step * epochs / EPOCHS) for step in STEPS]
+    drops = [max(round(step * epochs / EPOCHS), 1) for step in STEPS]
     for epoch in range(epochs):
         order = torch.randperm(n, generator=generator)
         features, rate = views[epoch % len(views)], lr * DROP ** sum(epoch >= drop for drop in drops)
