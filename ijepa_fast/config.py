@@ -146,7 +146,7 @@ class ParallelConfig(Section):
 
 class LogConfig(Section):
     every: Count = 10  # steps between two reads of the loss from the device
-    probe_every: Count | None = 1000  # steps between two probes (RankMe, k-NN); null: none
+    probe_every: Count | None = 1000  # steps between two probes (RankMe, k-NN, linear); null: none
     probe_images: Count = 2000  # the most images a probe looks at
     progress: bool = True  # the bar; without it, or where output is no terminal, a line every `every` steps
     tensorboard: bool = True

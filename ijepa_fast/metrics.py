@@ -1,8 +1,9 @@
 """The progress of a run: a bar, log.csv, log.jsonl and TensorBoard.
 
 log.csv begins with the released code's columns (epoch from 1, itr from 0 within it) and has a row an update. log.jsonl
-has the same rows as objects of kind "step", and the probes as objects of kind "probe". All files are cut back to a
-checkpoint's step on resume, so a run that was interrupted reads like one that was not.
+has the same rows as objects of kind "step", the probes as objects of kind "probe", and sentences about the run as
+objects of kind "note". All files are cut back to a checkpoint's step on resume, so a run that was interrupted reads
+like one that was not.
 """
 import csv
 import json
@@ -63,10 +64,13 @@ class RunLog:
 
     def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, active: bool = True):
         self.active = active
+        self.probes: list[dict[str, Any]] = []  # of the run so far
         if not active:
             return
         self.csv_path, self.jsonl_path = folder / "log.csv", folder / "log.jsonl"
         self._cut_back(resume_step)
+        if self.jsonl_path.exists():
+            self.probes = read_log(folder)[1]
         self._csv = open(self.csv_path, "a", newline="")  # noqa: SIM115 (open as long as the run)
         self._jsonl = open(self.jsonl_path, "a")  # noqa: SIM115
         self._rows = csv.writer(self._csv, lineterminator="\n")
@@ -97,9 +101,16 @@ class RunLog:
     def probe(self, step: int, values: dict[str, float]) -> None:
         if not self.active:
             return
-        self._jsonl.write(json.dumps({"kind": "probe", "step": step, **values}) + "\n")
+        self.probes.append({"kind": "probe", "step": step, **values})
+        self._jsonl.write(json.dumps(self.probes[-1]) + "\n")
         self._jsonl.flush()
         self._scalars("probe", values, step)
+
+    def note(self, step: int, text: str) -> None:
+        """A sentence about the run, for whoever reads the log."""
+        if self.active:
+            self._jsonl.write(json.dumps({"kind": "note", "step": step, "text": text}) + "\n")
+            self._jsonl.flush()
 
     def _scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         if self._board is not None:

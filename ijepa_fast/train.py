@@ -18,6 +18,7 @@ from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
 from ijepa_fast.dry_run import dry_run
 from ijepa_fast.errors import SharedError, UserError
+from ijepa_fast.evaluation.collapse import collapse_warning
 from ijepa_fast.flops import peak_flops
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import Bar, Meter, Rates, RunLog
@@ -26,6 +27,8 @@ from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
 from ijepa_fast.view import draw_curves, masks_sheet, masks_title
 from ijepa_fast.weights.init_from import init_from
+
+SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -171,8 +174,11 @@ def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
     with memory_advice(run.config.optim.micro_batch):
         values = run.probe(run.state.target_encoder)
     log.probe(step, values)
-    knn = f", k-NN {values['knn']:.1%}" if "knn" in values else ""
-    console.print(f"step {step}: target features have RankMe {values['rankme']:.1f}{knn}")
+    accuracies = "".join(f", {shown} {values[name]:.1%}" for name, shown in SHOWN.items() if name in values)
+    console.print(f"step {step}: target features have RankMe {values['rankme']:.1f}{accuracies}")
+    if warning := collapse_warning(log.probes, run.total_steps):
+        log.note(step, warning)
+        console.print(f"warning: {warning}")
 
 
 def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:

@@ -15,8 +15,9 @@ from ijepa_fast.data.reader import Reader
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluation.knn import knn_accuracy
+from ijepa_fast.evaluation.logistic import fit_logistic
 from ijepa_fast.evaluation.probe import Probe, build_probe, held_out, pooled
-from ijepa_fast.evaluation.rank import rankme
+from ijepa_fast.evaluation.rank import rankme, spread
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"), strategy="single")
 
@@ -189,6 +190,10 @@ def test_probe_of_a_labelled_folder(source, photographs):
     assert values["knn"] == knn_accuracy(colour[0], labels[0], colour[1], labels[1])
     assert math.isclose(values["rankme"], rankme(torch.cat(colour)), rel_tol=1e-6)
     assert 0.3 < values["knn"] < 1
+    fit = fit_logistic(colour[0], labels[0], C=0.1)
+    assert values["linear"] == float((fit.predict(colour[1]) == labels[1]).float().mean())
+    assert 0.25 < values["linear"] < 1
+    assert values["cosine"] == pytest.approx(spread(torch.cat(colour))["cosine"])
 
 
 @pytest.mark.parametrize("layout", ["flat", "one each"])
@@ -196,7 +201,7 @@ def test_probe_without_labels_has_rankme_alone(layout, source, tmp_path):
     for n in range(6):
         pixels = np.full((20, 20, 3), 40 * n, np.uint8)
         save(pixels, tmp_path / (f"{n}.png" if layout == "flat" else f"class{n}/0.png"))
-    assert set(probe_of(tmp_path, source)(MeanColour())) == {"rankme"}
+    assert set(probe_of(tmp_path, source)(MeanColour())) == {"rankme", "std", "relative_std", "cosine"}
     with pytest.raises(UserError, match="k-NN probe needs"):
         probe_of(tmp_path, source, must_have_labels=True)
 

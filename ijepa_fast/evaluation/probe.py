@@ -12,7 +12,8 @@ from ijepa_fast.data.index import Index
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluation.knn import knn_accuracy
-from ijepa_fast.evaluation.rank import rankme
+from ijepa_fast.evaluation.logistic import fit_logistic
+from ijepa_fast.evaluation.rank import rankme, spread
 
 CLASS_AT_LEAST = 4  # images of a class that a probe wants
 HELD_OUT = 5  # one image in so many of each class is a query, the rest are the bank
@@ -53,7 +54,9 @@ def pooled(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 class Probe:
-    """RankMe, and k-NN where there are labels, of one set of images, seen by all ranks together.
+    """RankMe and spread, and k-NN and logistic regression where there are labels, of one set of images.
+
+    All ranks see them together. The regression is not tuned: C is 0.1.
 
     `split`: bank and query ids into `index`, or None for RankMe alone.
     """
@@ -69,13 +72,17 @@ class Probe:
         self.index, self.split, self.ids, self.read_batches, self.world = index, split, ids, read_batches, world
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
-        """`{"rankme": ..., "knn": ...}`; the same on every rank."""
+        """`rankme`, `std`, `relative_std` and `cosine`; `knn` and `linear`, both accuracies; the same on every rank."""
         features = self._features(encoder)
-        values = {"rankme": rankme(features)}
+        spreads = spread(features)
+        values = {"rankme": rankme(features)} | {name: spreads[name] for name in ("std", "relative_std", "cosine")}
         if self.split is not None:
             bank = len(self.split[0])
             labels = torch.as_tensor(self.index.records["label"][self.ids].astype(np.int64), device=features.device)
             values["knn"] = knn_accuracy(features[:bank], labels[:bank], features[bank:], labels[bank:])
+            if len(labels[:bank].unique()) > 1:
+                right = fit_logistic(features[:bank], labels[:bank]).predict(features[bank:]) == labels[bank:]
+                values["linear"] = float(right.float().mean())
         return values
 
     def _features(self, encoder: nn.Module) -> Tensor:
