@@ -100,7 +100,7 @@ class Extractor:
         with contextlib.ExitStack() as stack:
             reader = stack.enter_context(Reader(part.index, self.threads))
             advance = stack.enter_context(progress(self.console, f"features of {name}", n))
-            ahead = stack.enter_context(_one_ahead(mine, lambda ids: self._read(part, reader, ids, view)))
+            ahead = stack.enter_context(one_ahead(mine, lambda ids: self._read(part, reader, ids, view)))
             for _ in range(rounds):
                 with world.raise_on_all_ranks():
                     images, seen = next(ahead)
@@ -180,7 +180,7 @@ def progress(console: Console | None, title: str, total: int):
 
 
 @contextlib.contextmanager
-def _one_ahead(items: list, work) -> Iterator[Iterator]:
+def one_ahead(items: list, work) -> Iterator[Iterator]:
     """`work` of each item in order, the next one done in a thread meanwhile."""
     with ThreadPoolExecutor(1, thread_name_prefix="evaluation") as pool:
 

@@ -5,7 +5,7 @@ What `ijepa_fast.load` returns and what `random_weights` returns are used alike:
 """
 import hashlib
 import re
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ _RANDOM = re.compile(r"random:(?P<name>\w+)/(?P<patch>\d+)@(?P<image>\d+)(?:#(?P
 class Encoder(Protocol):
     """What evaluation needs of weights."""
 
-    encoder: VisionTransformer
+    encoder: Any  # VisionTransformer, or PixelEncoder
 
     def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor: ...
 
@@ -29,9 +29,9 @@ class Encoder(Protocol):
 class Frozen(nn.Module):
     """An encoder that gives features of whole images."""
 
-    def __init__(self, encoder: "VisionTransformer | PixelEncoder"):
+    def __init__(self, encoder: nn.Module):
         super().__init__()
-        self.encoder = encoder
+        self.encoder: Any = encoder
 
     def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor:
         """fp32 `[B, layers * D]` of the last `layers` blocks side by side, the last one last; `[B, N, ...]` unpooled.
@@ -51,7 +51,7 @@ class Frozen(nn.Module):
         return torch.cat([x.float().mean(1) if pool == "mean" else x.float() for x in every], dim=-1)
 
 
-def open_weights(name: str, which: str = "target") -> Encoder:
+def open_weights(name: str, which: str = "target") -> nn.Module:
     """The `which` encoder ("target" or "context") of a file or a run's folder, or one of the baselines.
 
     Baselines: `random:MODEL/PATCH@PIXELS` (see `random_weights`) and `pixels`. Raises UserError as `ijepa_fast.load`
