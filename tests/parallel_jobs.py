@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ijepa_fast import distributed, model, parallel, step
+from ijepa_fast import evaluate as evaluation
 from ijepa_fast import train as driver
 from ijepa_fast.config import load_config
 from ijepa_fast.data import index
@@ -52,6 +53,11 @@ def train(argv: list[str]) -> int:
 
 def train_with_own_words(argv: list[str], own: dict[int, list[str]]) -> int:
     return train([*argv, *own.get(int(os.environ["RANK"]), [])])
+
+
+def evaluate(argv: list[str]) -> int:
+    prepare()
+    return evaluation.main(argv)
 
 
 def train_on_full_disk(argv: list[str]) -> int:

@@ -8,7 +8,7 @@ import parallel_jobs as jobs
 import pytest
 import torch
 from ranks import Ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from ijepa_fast.metrics import read_log
 
@@ -258,3 +258,26 @@ def test_every_rank_starts_from_the_weights_that_rank_0_reads(strategy, words, r
                 assert (value == held[name].numpy()).all(), name
             elif not name.startswith("predictor."):
                 assert (value == held["target_encoder." + name.split(".", 1)[1]].numpy()).all(), name
+
+
+def test_ranks_evaluate_as_one_process_does(ranks, photographs, tmp_path):
+    """Bit for bit what is computed from features; training sums gradients in another order, at most an image apart."""
+    words = ["random:vit_tiny/4@24", "--data", str(photographs), "--threads", "1", "--batch", "5", "--epochs", "2"]
+    words += ["--probe", "knn,logistic,attentive,finetune", "--k", "3", "--views", "2"]
+    found, features = [], []
+    for size in (1, 2):
+        cache, file = tmp_path / f"cache{size}", tmp_path / f"{size}.json"
+        for left in ranks.run(size, jobs.evaluate, [*words, "--cache", str(cache), "--json", str(file)]):
+            assert (left.result, left.err) == (0, "")
+        found.append(json.loads(file.read_text())["results"])
+        features.append({one.name: load_file(one) for one in cache.iterdir()})
+    assert features[0].keys() == features[1].keys()
+    assert len(features[0]) == 4  # train, val, and two views of train
+    for name, tensors in features[0].items():
+        assert all(torch.equal(value, features[1][name][key]) for key, value in tensors.items())
+    for one, two in zip(*found, strict=True):
+        if one["probe"] in ("attentive", "finetune"):
+            assert two["value"] == pytest.approx(one["value"], abs=1 / 8 + 1e-9)
+        else:
+            assert one == two
+    assert {row["probe"] for row in found[0]} == {"rank", "knn", "logistic", "attentive", "finetune"}
