@@ -139,6 +139,14 @@ def test_cached_features_are_the_recomputed_ones(root, tmp_path):
     assert torch.equal(extract(RANDOM, root, cache=tmp_path).last_four, fresh.last_four)
 
 
+def test_a_cache_that_cannot_be_written_costs_no_results(evaluate, tmp_path):
+    (tmp_path / "file").write_text("")
+    outcome = evaluate("--probe", "knn", "--k", 3, "--cache", tmp_path / "file" / "cache")
+    assert outcome.code == 0
+    assert outcome.err.startswith("warning: the features of train are computed anew next time, for ")
+    assert outcome.err.count("\n") == 2
+
+
 def test_the_cache_tells_weights_data_and_crops_apart(root, tmp_path):
     extract(RANDOM, root, cache=tmp_path)
     extract(f"{RANDOM}#1", root, cache=tmp_path)

@@ -172,6 +172,12 @@ def test_a_list_names_training_images(photographs, tmp_path):
         read_list(file)
 
 
+def test_a_list_of_images_and_classes_is_a_table(tmp_path):
+    (tmp_path / "list.txt").write_text("a/my photograph.jpg 3\n\nb.jpg 0\n")
+    table = read_table(tmp_path / "list.txt")
+    assert (table.images, table.columns) == (["a/my photograph.jpg", "b.jpg"], {"label": ["3", "0"]})
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -79,12 +80,18 @@ class Extractor:
         if not self.world.any(features is not None):
             features = self._compute(part, name, view)
             if features is not None and file is not None:
-                _save(file, features, f"{name}: {len(part.ids)} images of {part.index.root}")
+                try:
+                    _save(file, features, f"{name}: {len(part.ids)} images of {part.index.root}")
+                except OSError as error:
+                    where = f"{self.cache}: {error.strerror or error}"
+                    print(f"warning: the features of {name} are computed anew next time, for {where}", file=sys.stderr)
         return features
 
     def _key(self, part: Labelled, view: int | None) -> str:
         transform = (self.encoder.image_size, view, CROP_SCALE, type(self.decoder).__name__)
-        precision = (self.world.device.type, str(self.encoder.compute_dtype), str(self.encoder.residual_dtype))
+        # On a CPU the order of a sum, and so its last bit, depends on how many threads share it.
+        threads = torch.get_num_threads() if self.world.device.type == "cpu" else 0
+        precision = self.world.device.type, threads, str(self.encoder.compute_dtype), str(self.encoder.residual_dtype)
         parts = [_FORMAT, self._weights, data_fingerprint(part), transform, precision, self.batch, torch.__version__]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 

@@ -38,12 +38,19 @@ class Table(NamedTuple):
 
 
 def read_table(file: Path) -> Table:
-    """A CSV file with a header; images are named in its column `path`, `image`, `file` ..., or in its first one."""
+    """A CSV file with a header; images are named in its column `path`, `image`, `file` ..., or in its first one.
+
+    A file without commas is a list with an image and its class a line, which becomes the column `label`.
+    """
     try:
         with open(file, newline="", encoding="utf-8-sig") as text:
             header, *rows = [row for row in csv.reader(text) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{file} cannot be read as CSV: {getattr(error, 'strerror', None) or error}") from None
+    if all(len(row) == 1 for row in (header, *rows)):
+        pairs = [row[0].rsplit(maxsplit=1) for row in (header, *rows)]
+        if all(len(pair) == 2 for pair in pairs):
+            return Table(file, [image for image, _ in pairs], {"label": [label for _, label in pairs]})
     if not rows:
         raise UserError(f"{file} holds no rows: a header and a row an image are wanted")
     for number, row in enumerate(rows, 1):
