@@ -24,7 +24,7 @@ from ijepa_fast.evaluation.attentive import attentive_rows
 from ijepa_fast.evaluation.dataset import DataSet, open_dataset
 from ijepa_fast.evaluation.features import Extractor, progress, shared_images
 from ijepa_fast.evaluation.finetune import finetune_rows
-from ijepa_fast.evaluation.frozen import Encoder, open_weights, prepare
+from ijepa_fast.evaluation.frozen import Encoder, is_baseline, open_weights, prepare
 from ijepa_fast.evaluation.linear import EPOCHS
 from ijepa_fast.evaluation.lowshot import SPLITS, listed, listed_rows, lowshot_rows
 from ijepa_fast.evaluation.picture import draw
@@ -242,7 +242,7 @@ def _about(args: argparse.Namespace, data: DataSet, model: Encoder, world: World
     encoder = model.encoder
     return {
         "weights": args.weights,
-        "which": getattr(model, "which", None),
+        "which": None if is_baseline(args.weights) else getattr(model, "which", None),
         "encoder": {**encoder.size._asdict(), "image_size": encoder.image_size, "patch_size": encoder.patch_size},
         "data": str(args.data),
         "split": data.how,
@@ -259,8 +259,8 @@ def _about(args: argparse.Namespace, data: DataSet, model: Encoder, world: World
 
 
 def _title(about: dict[str, Any]) -> str:
-    encoder = f"{about['which']} encoder of {about['weights']}" if about["which"] else about["weights"]
-    return f"{encoder} on {about['data']}"
+    encoder = "" if is_baseline(about["weights"]) else f"{about['which']} encoder of "
+    return f"{encoder}{about['weights']} on {about['data']}"
 
 
 def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, Any], console: Console) -> None:

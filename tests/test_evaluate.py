@@ -9,17 +9,17 @@ import pytest
 import torch
 from conftest import Outcome, write_photographs
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-import ijepa_fast
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluate import main
 from ijepa_fast.evaluation.dataset import open_dataset
 from ijepa_fast.evaluation.features import Extractor, Features
-from ijepa_fast.evaluation.frozen import Frozen, open_weights, prepare
+from ijepa_fast.evaluation.frozen import open_weights, prepare
 from ijepa_fast.model import SIZES, Size
 
 CPU = torch.device("cpu")
@@ -172,25 +172,17 @@ def test_pixels_are_pixels(root):
     np.testing.assert_allclose(features.last[0].numpy() * 255, np.asarray(small).reshape(-1), atol=1)
 
 
-def test_weights_of_a_file_come_through_load(evaluate, monkeypatch, tmp_path):
-    asked = []
-
-    def load(path: str, which: str = "target") -> Frozen:
-        asked.append((path, which))
-        if which == "context":
-            raise UserError(f"{path} holds the target encoder alone, not the context encoder")
-        model = open_weights(f"{RANDOM}#3")
-        model.which = which
-        return model
-
-    monkeypatch.setattr(ijepa_fast, "load", load, raising=False)
-    assert evaluate("--json", tmp_path / "a.json", "--probe", "knn", weights="runs/mine").code == 0
+def test_weights_of_a_file_are_evaluated_like_those_in_memory(evaluate, tmp_path):
+    encoder = open_weights(f"{RANDOM}#3").encoder
+    file = tmp_path / "target.safetensors"
+    save_file({f"target_encoder.{name}": value for name, value in encoder.state_dict().items()}, file)
+    assert evaluate("--json", tmp_path / "a.json", "--probe", "knn", weights=str(file)).code == 0
     evaluate("--json", tmp_path / "b.json", "--probe", "knn", weights=f"{RANDOM}#3")
     assert results(tmp_path / "a.json") == results(tmp_path / "b.json")
     assert json.loads((tmp_path / "a.json").read_text())["which"] == "target"
-    sentence = evaluate("--which", "context", weights="runs/mine").error
-    assert sentence == "runs/mine holds the target encoder alone, not the context encoder"
-    assert asked == [("runs/mine", "target"), ("runs/mine", "context")]
+    sentence = evaluate("--which", "context", weights=str(file)).error
+    assert sentence == f"{file} holds the target encoder alone, not the context encoder"
+    assert evaluate(weights="runs/absent").error == "there is no runs/absent"
 
 
 def test_a_fifth_is_held_out_of_a_folder_without_val(evaluate, photographs, tmp_path):

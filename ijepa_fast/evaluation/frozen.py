@@ -1,8 +1,4 @@
-"""Encoders as evaluation wants them: frozen, on a device, in its precision; and two baselines to compare with.
-
-What `ijepa_fast.load` returns and what `random_weights` returns are used alike: `.encoder`, a `VisionTransformer`, and
-`.features(images, layers, pool)`.
-"""
+"""Encoders as evaluation wants them: frozen, on a device, in its precision; and two baselines to compare with."""
 import hashlib
 import re
 from typing import Any, Protocol, cast
@@ -13,6 +9,7 @@ from torch import Tensor, nn
 import ijepa_fast
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import SIZES, Linear, PatchEmbed, Size, VisionTransformer, build_encoder
+from ijepa_fast.weights.model import Model
 
 LAYERS = 4  # the paper's second representation: the last four, side by side
 _RANDOM = re.compile(r"random:(?P<name>\w+)/(?P<patch>\d+)@(?P<image>\d+)(?:#(?P<seed>\d+))?")
@@ -23,32 +20,7 @@ class Encoder(Protocol):
 
     encoder: Any  # VisionTransformer, or PixelEncoder
 
-    def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor: ...
-
-
-class Frozen(nn.Module):
-    """An encoder that gives features of whole images."""
-
-    def __init__(self, encoder: nn.Module):
-        super().__init__()
-        self.encoder: Any = encoder
-
-    def features(self, images: Tensor, layers: int = 1, pool: str | None = "mean") -> Tensor:
-        """fp32 `[B, layers * D]` of the last `layers` blocks side by side, the last one last; `[B, N, ...]` unpooled.
-
-        `images` as the encoder takes them. Every block's output goes through the encoder's final norm.
-        """
-        outputs: list[Tensor] = []
-        blocks = list(self.encoder.blocks)[-layers:]
-        hooks = [block.register_forward_hook(lambda _, __, output: outputs.append(output)) for block in blocks]
-        try:
-            last = self.encoder(images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        shape = last.shape
-        every = [self.encoder.norm(output).view(shape) for output in outputs[:-1]] + [last]
-        return torch.cat([x.float().mean(1) if pool == "mean" else x.float() for x in every], dim=-1)
+    def features(self, images: Tensor, layers: int = 1, pool: Any = "mean") -> Tensor: ...
 
 
 def open_weights(name: str, which: str = "target") -> nn.Module:
@@ -60,15 +32,16 @@ def open_weights(name: str, which: str = "target") -> nn.Module:
     if name.startswith("random:"):
         return random_weights(name)
     if name == "pixels":
-        return Frozen(PixelEncoder())
+        return Pixels()
     return ijepa_fast.load(name, which=which)
 
 
-class PixelEncoder(nn.Module):
-    """No encoder at all: the pixels of an image of 16 x 16, `[B, 1, 768]` in 0 ... 1, from uint8 `[B, 16, 16, 3]`.
+def is_baseline(name: str) -> bool:
+    return name == "pixels" or name.startswith("random:")
 
-    A second baseline: what can be told from colours and where they are.
-    """
+
+class PixelEncoder(nn.Module):
+    """No encoder at all: the pixels of an image of 16 x 16, `[B, 1, 768]` in 0 ... 1, from uint8 `[B, 16, 16, 3]`."""
 
     image_size = patch_size = 16
     size = Size(dim=16 * 16 * 3, depth=1, num_heads=1, mlp_dim=0)
@@ -82,7 +55,19 @@ class PixelEncoder(nn.Module):
         return images.float().flatten(1)[:, None] / 255
 
 
-def random_weights(name: str) -> Frozen:
+class Pixels(nn.Module):
+    """A second baseline: what can be told from colours and where they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder: Any = PixelEncoder()
+
+    def features(self, images: Tensor, layers: int = 1, pool: Any = "mean") -> Tensor:
+        pixels = self.encoder(images)
+        return pixels.mean(1) if pool == "mean" else pixels
+
+
+def random_weights(name: str) -> Model:
     """`random:vit_tiny/16@128`: a ViT-Ti of patches of 16 pixels at 128, `#SEED` after it for other weights.
 
     What every pretrained encoder has to beat. Raises UserError where the name is another.
@@ -99,7 +84,7 @@ def random_weights(name: str) -> Frozen:
             encoder = build_encoder(parts["name"], image_size=int(parts["image"]), patch_size=int(parts["patch"]))
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"{name}: {error}") from None
-    return Frozen(encoder)
+    return Model(encoder, None, encoder, "target", {"source": name})
 
 
 def prepare(model: nn.Module, device: torch.device) -> Encoder:
