@@ -5,13 +5,10 @@ Nothing here imports torch or triton before a test asks for it: tests/kernels de
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import numpy as np
 import pytest
-from PIL import Image
-
-CLASSES, IMAGES_PER_CLASS = 4, 10
+from outcome import Outcome
+from photographs import write_photographs
 
 _PLAIN = SimpleNamespace(params={})  # of a test without parameters
 
@@ -34,41 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.long)
 
 
-class Outcome(NamedTuple):
-    """What a command line left behind."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one sentence of a user's error, without its "error: "."""
-        assert self.code == 2, self
-        prefix, _, sentence = self.err.partition(" ")
-        assert prefix == "error:", self.err
-        assert sentence.count("\n") == 1, f"more than one line: {self.err}"
-        return sentence.rstrip("\n")
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _cache_of_its_own(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
-
-
-def write_photographs(root: Path, classes: int = CLASSES, images: int = IMAGES_PER_CLASS) -> None:
-    """`root`/class_<i>/<n>.jpg, in sizes from 40 to 80 pixels; a class shares its large shapes and its colours."""
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        folder = root / f"class_{label}"
-        folder.mkdir(parents=True)
-        shapes = rng.integers(0, 256, (5, 5, 3))
-        for number in range(images):
-            pixels = np.clip(shapes + rng.normal(0, 30, shapes.shape), 0, 255).astype(np.uint8)
-            size = tuple(int(side) for side in rng.integers(40, 81, 2))
-            Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import Outcome, write_photographs
+from outcome import Outcome
+from photographs import write_photographs
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
