@@ -53,6 +53,7 @@ class Checkpoints:
         self.keep_last = keep_last
         self.world = world
         self.data = data
+        self.bad_images: dict[str, Any] | None = None  # those of the checkpoint that was resumed
         self._group = world.long_timeout_group()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -113,8 +114,13 @@ class Checkpoints:
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
 
-    def begin(self, step: int, state: "TrainState", config: Config) -> None:
-        """Start to write the checkpoint of `step`. When it is whole, those that `keep_last` leaves out are removed."""
+    def begin(
+        self, step: int, state: "TrainState", config: Config, bad_images: dict[str, Any] | None = None
+    ) -> None:
+        """Start to write the checkpoint of `step`. When it is whole, those that `keep_last` leaves out are removed.
+
+        `bad_images`: the run's account of them, see `data.bad.Account`.
+        """
         self.wait()
         optimizer = get_optimizer_state_dict(state.trained(), state.optimizer, options=_FLAT)
         tensors = {**state.weights(), "optimizer": {k: v for k, v in optimizer.items() if isinstance(v, Tensor)}}
@@ -122,7 +128,7 @@ class Checkpoints:
             part: {name: tensor.detach().to("cpu", copy=True) for name, tensor in named.items()}
             for part, named in tensors.items()
         }
-        self._pending = self._writer.submit(self.write, step, copies, config)
+        self._pending = self._writer.submit(self.write, step, copies, config, bad_images)
 
     def wait(self) -> None:
         """Raises UserError where the checkpoint could not be written; those that were there before are untouched."""
@@ -138,7 +144,9 @@ class Checkpoints:
     def close(self) -> None:
         self._writer.shutdown()
 
-    def write(self, step: int, tensors: dict[str, Any], config: Config) -> None:
+    def write(
+        self, step: int, tensors: dict[str, Any], config: Config, bad_images: dict[str, Any] | None = None
+    ) -> None:
         """Write a checkpoint of `tensors`, by part and name; every rank does. `begin` leaves it to a thread."""
         temporary = self.folder / f".writing_step_{step:08d}"
         with self._all_or_none(step, temporary):
@@ -158,6 +166,7 @@ class Checkpoints:
                     "step": step,
                     "config": config.model_dump(mode="json"),
                     "data": self.data,
+                    "bad_images": bad_images,
                     "torch": torch.__version__,
                     "files": {name: value for part in files for name, value in sorted(part.items())},
                 }
@@ -204,6 +213,7 @@ class Checkpoints:
                 continue
             self._check_data(self.path(step))
             load(self.path(step), state)
+            self.bad_images = read_about(self.path(step)).get("bad_images")
             return step, self.path(step)
         if self.steps():
             raise SharedError(f"no checkpoint in {self.folder} is whole; start anew in another train.folder")

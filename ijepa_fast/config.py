@@ -92,6 +92,8 @@ class DataConfig(Section):
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     threads: Count = 8  # that read and decode; has no influence on what a run computes
+    max_pixels: Count = 178_956_970  # of an image, which is bad beyond it: it would take the memory of a whole batch
+    max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images read, beyond which a run stops
 
     @model_validator(mode="after")
     def _crop(self) -> "DataConfig":
@@ -190,7 +192,7 @@ _EXACT = {
     "model": set(),
     "mask": set(),
     "optim": {"micro_batch"},
-    "data": {"probe_root", "decoder", "threads"},
+    "data": {"probe_root", "decoder", "threads", "max_bad_fraction"},
     "train": {"folder", "init_from", "checkpoint_every", "keep_last"},
 }
 

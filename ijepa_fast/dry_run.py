@@ -19,7 +19,10 @@ def dry_run(run: Run, console: Console) -> None:
     times = [_now(device)]
     with memory_advice(config.optim.micro_batch):
         for last in (False, True):
-            backward(run, next(batches)._replace(last=last), run.loss_denominator(0))
+            batch = next(batches)
+            for image in batch.bad:
+                console.print(f"bad image {image}", markup=False)
+            backward(run, batch._replace(last=last), run.loss_denominator(0))
             times.append(_now(device))
         run.state.optimizer.step()
         ema_update_(*run.ema, run.schedule.momentum(0))

@@ -7,6 +7,7 @@ import torch
 from ijepa_kernels import ema_update_
 from torch import Tensor
 
+from ijepa_fast.data.bad import BadImage
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import Rates, StepRow, TokenCounts
@@ -23,6 +24,7 @@ class Update(NamedTuple):
     weight_decay: float
     momentum: float
     counts: TokenCounts  # of this rank
+    bad: list[BadImage]  # of this rank
 
     def row(self, loss: float, rates: Rates, steps_per_epoch: int) -> StepRow:
         """Its row of the log; `loss` is that of the global batch."""
@@ -46,16 +48,17 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
     lr, weight_decay = set_rates(run.state.optimizer, run.schedule, step)
     momentum = run.schedule.momentum(step)
     denominator = run.loss_denominator(step)
-    loss, counts = torch.zeros((), device=run.world.device), TokenCounts()
+    loss, counts, bad = torch.zeros((), device=run.world.device), TokenCounts(), list[BadImage]()
     with memory_advice(run.config.optim.micro_batch):
         for _ in range(run.data.loader.micro_batches_per_step):
             batch = next(batches)
             loss += backward(run, batch, denominator)
             counts.add(batch, run.config.grid**2)
+            bad += batch.bad
         run.state.optimizer.step()
         run.state.optimizer.zero_grad(set_to_none=True)
         ema_update_(*run.ema, momentum)
-    return Update(loss, step, lr, weight_decay, momentum, counts)
+    return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 
 
 def backward(run: Run, batch: Batch, denominator: float) -> Tensor:

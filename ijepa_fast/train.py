@@ -16,6 +16,7 @@ from ijepa_fast import distributed, parallel
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
+from ijepa_fast.data.bad import Account
 from ijepa_fast.dry_run import dry_run
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluation.collapse import collapse_warning
@@ -30,6 +31,8 @@ from ijepa_fast.weights.init_from import init_from
 
 SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
 
+MOST_LINES = 20  # on bad images, at a time
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -37,7 +40,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description="Pretrain I-JEPA from one config: on a CPU, on one GPU or, under torchrun, on several.",
         epilog="Example: python -m ijepa_fast.train --config configs/vits16_in1k.yaml data.root=/data/imagenet/train "
         "optim.micro_batch=64. What a run writes is in train.folder: config.yaml, log.csv, log.jsonl, tensorboard/, "
-        "curves.png, masks.png and checkpoints/. Ctrl-C or SIGTERM finishes the step, saves and leaves.",
+        "curves.png, masks.png, checkpoints/ and, for bad images, bad_images.jsonl. Ctrl-C or SIGTERM finishes the "
+        "step, saves and leaves.",
     )
     parser.add_argument("--config", required=True, help="a YAML file: of configs/, your own, or a released I-JEPA's")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
@@ -84,6 +88,8 @@ def train(run: Run, console: Console, *, resume: bool) -> bool:
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
     init = functools.partial(init_weights, run)
     first = done = checkpoints.open(run.state, config, resume=resume, init=init, report=console.print)
+    account = Account(config.train.folder, len(index), config.data.max_bad_fraction)
+    account.restore(checkpoints.bad_images, first, write=world.is_main)
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
@@ -113,13 +119,14 @@ def train(run: Run, console: Console, *, resume: bool) -> bool:
             save_now = leave or done % save_every == 0
             probe_now = run.probe is not None and (end or done % probe_every == 0)
             if save_now or probe_now or done % config.log.every == 0:
+                report_bad(run, unread, account, done, console)
                 write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
                 if probe_now or save_now:
                     check_weights(run, done)
                 if probe_now:
                     run_probe(run, done, log, console)
                 if save_now:
-                    checkpoints.begin(done, run.state, config)
+                    checkpoints.begin(done, run.state, config, account.state())
                 meter = Meter(loader.wait_s, peak)
             if leave:
                 break
@@ -151,6 +158,21 @@ def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: B
         bad = rows[len(finite)]
         raise diverged(f"the loss of step {bad.step} is {bad.loss}")
     bar.report(rows[-1])
+
+
+def report_bad(run: Run, unread: list[Update], account: Account, done: int, console: Console) -> None:
+    """Account for the images that could not be used since the last time, on all ranks."""
+    bad = [image for update in unread for image in update.bad]
+    if not run.world.any(bool(bad)):
+        return
+    every = [image for images in run.world.gather_objects(bad) for image in images]
+    lines = account.add(sorted(every, key=lambda image: (image.step, image.position)), write=run.world.is_main)
+    for line in lines[:MOST_LINES]:
+        console.print(line, markup=False)
+    if len(lines) > MOST_LINES:
+        console.print(f"and {len(lines) - MOST_LINES} more bad images: {account.file}", markup=False)
+    with run.world.raise_on_all_ranks():
+        account.check(done * run.config.optim.global_batch_size)
 
 
 def check_weights(run: Run, step: int) -> None:

@@ -168,7 +168,7 @@ def dali():
 
 
 def test_good_images_never_take_dalis_slow_way(dali, monkeypatch):
-    monkeypatch.setattr(dali, "_alone", lambda *_: pytest.fail("a good batch was decoded one by one"))
+    monkeypatch.setattr(dali, "_one_by_one", lambda *_: pytest.fail("a good batch was decoded one by one"))
     for n in (2, 7, 3, 9):  # more than the first pipeline was made for
         dali.decode([GOOD] * n, np.array([[0, 0, 131, 97]] * n, np.int32), SIZE)
 

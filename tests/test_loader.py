@@ -1,6 +1,7 @@
 """Batches: the same whatever the threads, prefetch and start; shares of ranks; errors and endings that do not hang."""
 import gc
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,24 +157,36 @@ def damage(path):
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("harm", "reason"),
     [
-        (damage, r"{path} cannot be decoded: .*; put an intact copy in its place, touch its folder, and go on"),
-        (os.unlink, r"{path} cannot be read any more: No such file or directory"),
-        (lambda path: os.truncate(path, 100), r"{path} is not the file that was indexed with \d+ bytes"),
-        (lambda path: os.truncate(path, 10**5), r"{path} is not the file that was indexed with \d+ bytes"),
+        (damage, "its JPEG header is damaged"),
+        (os.unlink, "it cannot be read any more: No such file or directory"),
+        (lambda path: os.truncate(path, 100), r"it is not the file that was indexed with \d+ bytes"),
+        (lambda path: os.truncate(path, 10**5), r"it is not the file that was indexed with \d+ bytes"),
     ],
 )
-def test_a_bad_image_stops_in_its_place_and_names_its_path(broken, harm, message):
+def test_a_bad_image_is_replaced_and_named(broken, harm, reason):
     masks = MultiBlockMasks(MaskConfig(group=1, min_keep=2), SIZE // PATCH, SEED, len(broken))
     settings = DataConfig(root=broken.root, image_size=SIZE, decoder="pillow", threads=2)
     with build_pipeline(settings, masks, micro_batch=3, index=broken) as data:
-        path = broken.path(data.sampler.ids(0)[7])  # in the third micro-batch of three
-        harm(path)
-        batches = data.loader.batches(0, 2)
-        assert [len(next(batches).ids) for _ in range(2)] == [3, 3]
-        with pytest.raises(UserError, match=message.format(path=path)):
-            next(batches)
+        before = list(data.loader.batches(0, 2))
+        image = int(data.sampler.ids(0)[7])
+        harm(broken.path(image))
+        after = list(data.loader.batches(0, 2))
+    assert [(bad.position, bad.step, bad.id) for batch in after for bad in batch.bad] == [
+        (7, 0, image), (data.sampler.ids(1).tolist().index(image), 1, image)]  # fmt: skip
+    for old, new in zip(before, after, strict=True):
+        start = new.bad[0].position % 3 if new.bad else None
+        assert np.array_equal(old.ids, new.ids)
+        for at in range(len(new.ids)):
+            if at != start:
+                assert torch.equal(old.images[at], new.images[at])
+            else:
+                assert re.match(reason, new.bad[0].reason)
+                assert new.bad[0].path == broken.path(image)
+                # Every image here is of one colour: what stands in for image n is known by its red.
+                assert abs(int(new.images[at, 0, 0, 0]) - new.bad[0].substitute) <= 2
+                assert new.bad[0].substitute != image
 
 
 def test_the_advice_for_a_changed_file_works(broken, tmp_path):
@@ -195,10 +208,10 @@ class SlowDecoder:
     def __init__(self, seconds=0.0):
         self.seconds, self.count = seconds, 0
 
-    def decode(self, encoded, boxes, size):
+    def decode_each(self, encoded, boxes, size):
         self.count += 1
         time.sleep(self.seconds)
-        return torch.zeros(len(encoded), size, size, 3, dtype=torch.uint8)
+        return torch.zeros(len(encoded), size, size, 3, dtype=torch.uint8), {}
 
     def close(self):
         pass

@@ -111,15 +111,6 @@ def test_data_folder_that_is_none(make, train, tmp_path):
     assert sentence in train(f"data.root={root}", f"train.folder={tmp_path / 'run'}").error
 
 
-def test_image_that_cannot_be_decoded_is_named(train, photographs, tmp_path):
-    root = tmp_path / "data"
-    shutil.copytree(photographs, root)
-    whole = (root / "class_2" / "5.jpg").read_bytes()
-    (root / "class_2" / "5.jpg").write_bytes(whole[: len(whole) // 2])  # its header is intact
-    outcome = train(f"data.root={root}", f"train.folder={tmp_path / 'run'}", "optim.epochs=1")
-    assert f"{root}/class_2/5.jpg cannot be decoded: " in outcome.error
-
-
 def test_probe_folder_without_labels(train, tmp_path):
     for n in range(3):
         Image.new("RGB", (30, 30)).save(tmp_path / f"{n}.png")

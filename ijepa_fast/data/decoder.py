@@ -20,6 +20,13 @@ class Decoder(Protocol):
         `[n, size, size, 3]`. Raises `ijepa_fast.errors.DecodeError` for the first image that cannot be decoded.
         """
 
+    def decode_each(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> tuple[torch.Tensor, dict[int, str]]:
+        """As `decode`, but an image that cannot be decoded stops none of the others.
+
+        Returns the pixels, zero where an image is bad, and the reasons by position. Every decoder leaves the verdict
+        to Pillow: an image is bad where Pillow cannot decode it, whatever another decoder would have made of it.
+        """
+
     def close(self) -> None:
         """Stop the decoder's threads."""
 

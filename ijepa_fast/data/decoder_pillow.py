@@ -1,35 +1,30 @@
-"""Pillow behind the decoder's interface, and the reading of image headers.
+"""Pillow behind the decoder's interface.
 
-Files of more than 8 bits a channel are clipped to 8, as Pillow does it in the released code; DALI scales them.
+Files of 16 bits a channel keep their upper eight, as Pillow itself does it for colour; of 32 bits and of floats nothing
+says what is white, so `formats` refuses them by name.
 """
 import io
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 
-# Imported by name, so that the five formats we read are registered once, before any thread asks for them.
-from PIL import (
-    BmpImagePlugin,  # noqa: F401
-    Image,
-    JpegImagePlugin,  # noqa: F401
-    PngImagePlugin,  # noqa: F401
-    TiffImagePlugin,  # noqa: F401
-    WebPImagePlugin,  # noqa: F401
-)
-
+from ijepa_fast.data.formats import FORMATS, MAX_PIXELS, NAMES
 from ijepa_fast.errors import DecodeError
 
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")  # what DALI reads as well, whatever a file's suffix says
 
-
-def open_image(file: BinaryIO) -> Image.Image:
+def open_image(file: BinaryIO, max_pixels: float = MAX_PIXELS) -> Image.Image:
     """Read the header only, and only of the formats that every decoder knows; the EXIF rotation is not applied."""
     try:
-        return Image.open(file, formats=_FORMATS)
+        image = Image.open(file, formats=FORMATS)
     except Image.UnidentifiedImageError:
-        raise ValueError("it is not a JPEG, PNG, WebP, BMP or TIFF image") from None
+        raise ValueError(f"it is not {NAMES}") from None
+    if (pixels := image.width * image.height) > max_pixels:
+        raise ValueError(f"it has {pixels:,} pixels, more than {max_pixels:,}")
+    return image
 
 
 class PillowDecoder:
@@ -40,17 +35,26 @@ class PillowDecoder:
 
     def decode(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> torch.Tensor:
         """As `Decoder.decode`."""
+        pixels, reasons = self.decode_each(encoded, boxes, size)
+        for position, reason in reasons.items():
+            raise DecodeError(position, reason)
+        return pixels
+
+    def decode_each(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> tuple[torch.Tensor, dict[int, str]]:
+        """As `Decoder.decode_each`."""
         pixels = np.empty((len(encoded), size, size, 3), np.uint8)
 
-        def decode_one(position: int) -> None:
+        def decode_one(position: int) -> str | None:
             try:
                 pixels[position] = np.asarray(_crop(encoded[position], boxes[position].tolist(), size))
             except Exception as error:  # Pillow's plugins raise whatever damaged data leads them to
-                raise DecodeError(position, str(error) or type(error).__name__) from error
+                pixels[position] = 0
+                return " ".join(str(error).split()) or type(error).__name__
+            return None
 
-        for _ in self._pool.map(decode_one, range(len(encoded))):
-            pass
-        return torch.from_numpy(pixels)
+        answers = enumerate(self._pool.map(decode_one, range(len(encoded))))
+        reasons = {position: reason for position, reason in answers if reason is not None}
+        return torch.from_numpy(pixels), reasons
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -62,10 +66,12 @@ def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
     if left < 0 or top < 0 or left + width > image.width or top + height > image.height:
         raise ValueError(f"its {image.width} x {image.height} pixels do not hold the box {box}")
     # Converting is pixel by pixel, so it may come after the crop, where there is less to convert.
-    cropped = image.crop((left, top, left + width, top + height)).convert("RGB")
-    return cropped.resize((size, size), Image.Resampling.BILINEAR)
+    cropped = image.crop((left, top, left + width, top + height))
+    if cropped.mode.startswith("I"):  # 16 bits, also from a PGM, whose mode is I: convert() would clip at 255
+        cropped = Image.fromarray((np.asarray(cropped).astype(np.int32) >> 8).astype(np.uint8))
+    return cropped.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
-    with open_image(io.BytesIO(encoded)) as image:
+    with open_image(io.BytesIO(encoded), math.inf) as image:
         return crop(image, box, size)

@@ -8,6 +8,7 @@ folders below the root; nothing in it is ever executed or unpickled.
 import hashlib
 import json
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.data.decoder_pillow import open_image
+from ijepa_fast.data.formats import ImageError, More, read_header
 from ijepa_fast.errors import UserError
 
 RECORD = np.dtype([
@@ -31,12 +32,14 @@ RECORD = np.dtype([
     ("width", "<i4"),  # pixels as stored: an EXIF rotation is not applied
     ("height", "<i4"),
 ])
-SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 
 _FORMAT = "ijepa_fast index 2"
 _ALIGN = 64  # of each section in the file, bytes
 _CHUNK = 64  # headers that a thread reads in one task
+_HEAD = 4096  # bytes of a file that are read for its header, at first
+_MOST_LINES = 20  # on unreadable files
 _PATIENCE_S = 2.0  # reading headers for longer than this shows a bar
 
 
@@ -100,9 +103,10 @@ def build_index(
     """The index of all images below `root`, at any depth, from the cache where nothing has changed.
 
     The class of an image is the folder directly below `root` that it lies in (sorted names give the labels 0, 1, ...);
-    an image in `root` itself has none. Symbolic links are followed, names that begin with a dot are left out. Raises
-    `UserError` for a missing root, a root without images and an image whose header cannot be read. `cache_dir`: by
-    default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so; `write_cache=False` does not try.
+    an image in `root` itself has none. Symbolic links are followed, names that begin with a dot are left out. An image
+    whose header cannot be read is named on stderr and has 0 x 0 pixels. Raises `UserError` for a missing root and for
+    one without a readable image. `cache_dir`: by default `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a
+    warning says so; `write_cache=False` does not try.
     """
     root = os.path.realpath(os.path.expanduser(root))
     if not os.path.exists(root):
@@ -137,7 +141,15 @@ def _scan(root: str, threads: int) -> tuple[Index, PathTable, np.ndarray]:
     records = np.zeros(len(images), RECORD)
     records["container"] = np.arange(len(images))
     records["label"] = labels - unlabelled
-    records["size"], records["width"], records["height"] = _read_headers(root, images, threads).T
+    headers, bad = _read_headers(root, images, threads)
+    records["size"], records["width"], records["height"] = headers.T
+    if len(bad) == len(images):
+        where, reason = bad[0]
+        raise UserError(f"{where} cannot be read as an image: {reason}; nor can any other file below {root}")
+    for where, reason in bad[:_MOST_LINES]:
+        print(f"warning: {where} cannot be read as an image: {reason}; others will stand in for it", file=sys.stderr)
+    if len(bad) > _MOST_LINES:
+        print(f"warning: and so {len(bad) - _MOST_LINES} others below {root}", file=sys.stderr)
     index = Index(root, records, tuple(os.fsdecode(c) for c in classes[unlabelled:]), PathTable.from_paths(images))
     return index, PathTable.from_paths([f for f, _ in folders]), np.array([m for _, m in folders], np.int64)
 
@@ -161,9 +173,9 @@ def _walk(root: str) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
                     path = os.path.join(folder, entry.name)
                     if entry.name.startswith(b"."):
                         others += 1
-                    elif entry.is_dir():
+                    elif _is_folder(entry):
                         pending.append((path, above | {inode}))
-                    elif path.lower().endswith(_SUFFIXES_BYTES):
+                    elif path.lower().endswith(_SUFFIXES_BYTES) and _is_regular(entry):
                         images.append(path)
                     else:
                         others += 1
@@ -172,30 +184,53 @@ def _walk(root: str) -> tuple[list[bytes], list[tuple[bytes, int]], int]:
     return images, folders, others
 
 
-def _read_headers(root: str, images: list[bytes], threads: int) -> np.ndarray:
-    """File size, width and height of each image, int64 `[n, 3]`."""
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _is_regular(entry: os.DirEntry) -> bool:
+    """A file, after links. To open a pipe would block for ever."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
+def _read_headers(root: str, images: list[bytes], threads: int) -> tuple[np.ndarray, list[tuple[str, str]]]:
+    """File size, width and height of each image, int64 `[n, 3]`; path and reason of those that are none."""
     where = os.fsencode(root)
 
-    def read(first: int) -> list[tuple[int, int, int]]:
+    def read(first: int) -> list[tuple[int, int, int, str]]:
         return [_read_header(os.path.join(where, path)) for path in images[first : first + _CHUNK]]
 
-    headers: list[tuple[int, int, int]] = []
+    headers: list[tuple[int, int, int, str]] = []
     pool = ThreadPoolExecutor(threads, thread_name_prefix="index")
     try:
         for chunk in _with_bar(pool.map(read, range(0, len(images), _CHUNK)), len(images)):
             headers += chunk
     finally:
         pool.shutdown(cancel_futures=True)
-    return np.array(headers, np.int64)
+    bad = [(os.path.join(root, os.fsdecode(path)), h[3]) for path, h in zip(images, headers, strict=True) if h[3]]
+    return np.array([header[:3] for header in headers], np.int64), bad
 
 
-def _read_header(path: bytes) -> tuple[int, int, int]:
+def _read_header(path: bytes) -> tuple[int, int, int, str]:
+    """File size, width, height and what is wrong; 0 x 0 pixels for what cannot be read as an image."""
+    size = 0
     try:
         with open(path, "rb") as file:
-            return os.fstat(file.fileno()).st_size, *open_image(file).size
-    except Exception as error:  # Pillow's plugins raise whatever a malformed header leads them to
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{os.fsdecode(path)} cannot be read as an image: {reason}; remove or replace it") from None
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(_HEAD)
+            try:
+                header = read_header(data, complete=len(data) == size)
+            except More:
+                header = read_header(data + file.read())
+            return size, header.width, header.height, ""
+    except (OSError, ImageError) as error:
+        return size, 0, 0, str(getattr(error, "strerror", None) or error)
 
 
 def _with_bar(chunks: Iterable[list], total: int) -> Iterator[list]:

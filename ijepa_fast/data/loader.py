@@ -1,22 +1,24 @@
 """Batches, prepared ahead by one background thread: order, crops, masks, pixels, and the copy to the device.
 
-What a batch holds is a function of (seed, step, rank, world size, micro-batch) alone; threads, prefetch depth and the
-step a run starts from have no influence.
+What a batch holds is a function of (seed, step, rank, world size, micro-batch) alone, what stands in for bad images
+included; threads, prefetch depth and the step a run starts from have no influence.
 """
 import queue
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from ijepa_fast.data.bad import BadImage, decode_all, neighbours, substitutes
 from ijepa_fast.data.decoder import Decoder
+from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
-from ijepa_fast.errors import DecodeError, UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 
 
@@ -25,9 +27,10 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # uint8 [B, S, S, 3]
     masks: Masks
-    ids: np.ndarray  # int64 [B], into the index
+    ids: np.ndarray  # int64 [B], into the index, by the order of the epoch
     step: int  # global step, from 0
     last: bool  # whether it completes this rank's share of the step
+    bad: tuple[BadImage, ...] = ()  # those of `ids` that other images had to stand in for
 
 
 class Loader:
@@ -82,8 +85,8 @@ class Loader:
     def batches(self, first_step: int, last_step: int) -> Iterator[Batch]:
         """The micro-batches of the steps `[first_step, last_step)`, in order; preparation begins at once.
 
-        An error in the background is raised in the place of the batch that failed: a `UserError` with the path for an
-        image that cannot be read or decoded.
+        An image that cannot be read or decoded is replaced, and named in `Batch.bad`. An error in the background is
+        raised in the place of the batch that failed.
         """
         self.close()
         self._producer = _Producer(self._prepare(first_step, last_step), self.prefetch)
@@ -109,7 +112,7 @@ class Loader:
             batch = self._build(share, list(encoded))
             yield (batch, None) if upload is None else upload(batch)
 
-    def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Iterator[bytes]]]:
+    def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Iterator[bytes | ImageError]]]:
         """Yields each micro-batch after the reading of the next one has begun."""
         before = None
         for step in range(first_step, last_step):
@@ -123,13 +126,25 @@ class Loader:
         if before is not None:
             yield before
 
-    def _build(self, share: "_Share", encoded: list[bytes]) -> Batch:
+    def _build(self, share: "_Share", encoded: list[bytes | ImageError]) -> Batch:
         step, start, stop, ids = share
-        records = self.index.records[ids]
-        epoch = self.sampler.epoch_of(step)
-        boxes = crop_boxes(self.seed, epoch, ids, records["width"], records["height"], self.crop_scale)
-        images = _decode(self.index, self.decoder, ids, encoded, boxes, self.image_size)
-        return Batch(images, self.masks.sample(step, start, stop), ids, step, last=stop == self._slices[-1][1])
+        epoch, index, images = self.sampler.epoch_of(step), self.index, len(self.index)
+        pixels, replaced = decode_all(
+            index, self.reader, self.decoder, ids, encoded, self._boxes(epoch),
+            lambda image: substitutes(self.seed, epoch, image, images), self.image_size,
+        )  # fmt: skip
+        bad = tuple(
+            BadImage(start + at, step, int(ids[at]), index.path(ids[at]), reason, other, index.path(other))
+            for at, reason, other in replaced
+        )
+        return Batch(pixels, self.masks.sample(step, start, stop), ids, step, stop == self._slices[-1][1], bad)
+
+    def _boxes(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        def boxes(ids: np.ndarray) -> np.ndarray:
+            records = self.index.records[ids]
+            return crop_boxes(self.seed, epoch, ids, records["width"], records["height"], self.crop_scale)
+
+        return boxes
 
     def close(self) -> None:
         if self._producer is not None:
@@ -153,28 +168,32 @@ class _Share(NamedTuple):
 
 
 def eval_batches(
-    index: Index, ids: np.ndarray, decoder: Decoder, reader: Reader, image_size: int, batch: int
+    index: Index,
+    ids: np.ndarray,
+    decoder: Decoder,
+    reader: Reader,
+    image_size: int,
+    batch: int,
+    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> Iterator[torch.Tensor]:
-    """Central crops of the images `ids`, in order, `batch` at a time: uint8 `[<= batch, image_size, image_size, 3]`."""
-    ids = np.asarray(ids)
+    """Central crops of the images `ids`, in order, `batch` at a time: uint8 `[<= batch, image_size, image_size, 3]`.
+
+    A bad image is replaced by the next one of the same label, and `report` gets a line on it.
+    """
+
+    def boxes(ids: np.ndarray) -> np.ndarray:
+        records = index.records[ids]
+        return center_boxes(records["width"], records["height"])
+
+    ids, labels = np.asarray(ids), index.records["label"]
     for first in range(0, len(ids), batch):
         some = ids[first : first + batch]
-        records = index.records[some]
-        boxes = center_boxes(records["width"], records["height"])
-        yield _decode(index, decoder, some, reader.read(some), boxes, image_size)
-
-
-def _decode(
-    index: Index, decoder: Decoder, ids: np.ndarray, encoded: list[bytes], boxes: np.ndarray, size: int
-) -> torch.Tensor:
-    try:
-        return decoder.decode(encoded, boxes, size)
-    except DecodeError as error:
-        path = index.path(ids[error.position])
-        raise UserError(
-            f"{path} cannot be decoded: {error.reason}; put an intact copy in its place, touch its folder, "
-            f"and go on with --resume"
-        ) from error
+        pixels, replaced = decode_all(
+            index, reader, decoder, some, list(reader.start(some)), boxes, lambda i: neighbours(labels, i), image_size
+        )
+        for at, reason, other in replaced:
+            report(f"warning: bad image {index.path(some[at])}: {reason}; {index.path(other)} is in its place")
+        yield pixels
 
 
 class _Producer:

@@ -24,7 +24,7 @@ class ImageSource:
         self.index, self.image_size = index, data.image_size
         self._own_decoder = decoder is None
         self.decoder = build_decoder(data.decoder, data.threads, device) if decoder is None else decoder
-        self.reader = Reader(index, data.threads)
+        self.reader = Reader(index, data.threads, data.max_pixels)
 
     def center_crops(self, ids: np.ndarray, batch: int) -> Iterator[torch.Tensor]:
         """Central crops of the images `ids`, in order: uint8 `[<= batch, image_size, image_size, 3]`."""
