@@ -35,6 +35,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "hf": ["transformers>=5.17"],
         "timm": ["timm>=1.0.31"],  # brings torchvision, which the tests do without: see the Makefile
+        "jpeg": ["simplejpeg"],  # strict decoding, for `python -m ijepa_fast.data.index --verify`
         "slurm": ["submitit"],
         "parquet": ["pyarrow"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship

@@ -1,7 +1,7 @@
 """The parts of a pretraining run, assembled from its config by `build_run`."""
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,21 +66,23 @@ class Run(NamedTuple):
 
 
 @contextlib.contextmanager
-def build_run(config: Config, world: World, *, write_cache: bool = True) -> Iterator[Run]:
+def build_run(
+    config: Config, world: World, *, write_cache: bool = True, report: Callable[[str], None] | None = None
+) -> Iterator[Run]:
     """All parts of a run; its threads end with the context. Raises UserError for a config that cannot work.
 
-    `write_cache=False` leaves no index of the images behind.
+    `write_cache=False` leaves no index of the images behind. `report` gets lines on the images, on rank 0.
     """
     check_divisible(config, world)
     with contextlib.ExitStack() as stack:
         with world.raise_on_all_ranks():
             masks = MultiBlockMasks(config.mask, config.grid, config.train.seed, config.optim.global_batch_size)
-        data = stack.enter_context(build_data(config, world, masks, write_cache))
+        data = stack.enter_context(build_data(config, world, masks, write_cache, report))
         state = build_state(config, world)
         encoder, predictor = average_gradients(state.encoder, world), average_gradients(state.predictor, world)
         ema = state.ema_parameters()
         schedule = build_schedule(config.optim, data.sampler.steps_per_epoch)
-        probe = stack.enter_context(open_probe(config, world, data, write_cache))
+        probe = stack.enter_context(open_probe(config, world, data, write_cache, report))
         yield Run(config, world, masks, data, state, encoder, predictor, ema, schedule, probe)
 
 
@@ -91,10 +93,16 @@ def check_divisible(config: Config, world: World) -> None:
         )
 
 
-def build_data(config: Config, world: World, masks: MultiBlockMasks, write_cache: bool) -> Pipeline:
+def build_data(
+    config: Config,
+    world: World,
+    masks: MultiBlockMasks,
+    write_cache: bool,
+    report: Callable[[str], None] | None = None,
+) -> Pipeline:
     """This rank's share of the batches of data.root."""
     root = config.data.root
-    index = read_index(root, config, world, write_cache)
+    index = read_index(root, config, world, write_cache, report)
     with world.raise_on_all_ranks():
         if {"train", "val"} <= set(index.class_names):
             raise UserError(f"data.root={root} holds both train and val; name one: data.root={root}/train")
@@ -109,14 +117,21 @@ def build_data(config: Config, world: World, masks: MultiBlockMasks, write_cache
         )
 
 
-def read_index(root: Path, config: Config, world: World, write_cache: bool) -> Index:
+def read_index(
+    root: Path, config: Config, world: World, write_cache: bool, report: Callable[[str], None] | None = None
+) -> Index:
     """Rank 0 reads all headers or the cache, then the first rank of each machine (it may share that), then the rest."""
     turn = 0 if world.is_main or not write_cache else 1 if world.local_rank == 0 else 2
     group = world.long_timeout_group()
     for current in range(3):
         with world.raise_on_all_ranks(group):
             if turn == current:
-                index = build_index(root, threads=config.data.threads, write_cache=write_cache)
+                index = build_index(
+                    root,
+                    threads=config.data.threads,
+                    write_cache=write_cache,
+                    report=(report if world.is_main else lambda line: None),
+                )
     return index
 
 
@@ -160,7 +175,13 @@ def draw_models(config: Config, device: torch.device) -> tuple[VisionTransformer
 
 
 @contextlib.contextmanager
-def open_probe(config: Config, world: World, data: Pipeline, write_cache: bool) -> Iterator[Probe | None]:
+def open_probe(
+    config: Config,
+    world: World,
+    data: Pipeline,
+    write_cache: bool,
+    report: Callable[[str], None] | None = None,
+) -> Iterator[Probe | None]:
     """The probe of data.probe_root, or of the training images where that is not given."""
     if config.log.probe_every is None:
         yield None
@@ -168,7 +189,7 @@ def open_probe(config: Config, world: World, data: Pipeline, write_cache: bool) 
     source, root = data.source, config.data.probe_root
     with contextlib.ExitStack() as stack:
         if root is not None:
-            index = read_index(root, config, world, write_cache)
+            index = read_index(root, config, world, write_cache, report)
             source = ImageSource(index, config.data, world.device, data.source.decoder)
             stack.enter_context(contextlib.closing(source))
         with world.raise_on_all_ranks():

@@ -69,7 +69,11 @@ def main(argv: list[str] | None = None) -> None:
             console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
             for note in notes:
                 console.print(f"released config: {note}", markup=False)
-            with build_run(config, world, write_cache=not args.dry_run) as run:
+
+            def say(line: str) -> None:
+                console.print(line, markup=False)
+
+            with build_run(config, world, write_cache=not args.dry_run, report=say) as run:
                 if args.dry_run:
                     dry_run(run, console)
                 else:

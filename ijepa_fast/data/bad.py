@@ -16,8 +16,8 @@ import torch
 from ijepa_fast.counter_rng import uniforms
 from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.formats import ImageError
-from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.table import Index
 from ijepa_fast.errors import UserError
 
 _SUBSTITUTE = 0x7375  # first word of the random keys, see sampler

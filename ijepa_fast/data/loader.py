@@ -16,9 +16,9 @@ import torch
 from ijepa_fast.data.bad import BadImage, decode_all, neighbours, substitutes
 from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.formats import ImageError
-from ijepa_fast.data.index import Index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
+from ijepa_fast.data.table import Index
 from ijepa_fast.masks import Masks, MultiBlockMasks
 
 

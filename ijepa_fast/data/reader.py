@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from ijepa_fast.data.formats import MAX_PIXELS, ImageError, prepare
-from ijepa_fast.data.index import Index
+from ijepa_fast.data.parquet import ParquetFault, ParquetReader
+from ijepa_fast.data.table import FILE, PARQUET, Index
 from ijepa_fast.errors import UserError
 
 # What a network file system says while it recovers. Other errors (no such file, no permission) are final.
 _PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
             errno.EHOSTDOWN, errno.ECONNRESET, errno.EREMOTEIO}
+_LARGEST = 1 << 30  # bytes of an encoded image
 _WAITS_S = (0.1, 0.5, 2.0)  # before each further try
 
 
@@ -26,6 +28,7 @@ class Reader:
 
     def __init__(self, index: Index, threads: int, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
+        self._parquet = ParquetReader()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
 
     def start(self, ids: np.ndarray) -> Iterator[bytes | ImageError]:
@@ -50,24 +53,36 @@ class Reader:
             return error
 
     def _pread(self, record: np.ndarray) -> bytes:
+        """The bytes as they are stored."""
         offset, size = int(record["offset"]), int(record["size"])
         path = self.index.container_path(int(record["container"]))
+        if size > _LARGEST:
+            raise ImageError(f"it has {size:,} bytes, more than {_LARGEST:,}")
         for wait in (*_WAITS_S, None):
             try:
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    # A file that holds one image is read to its end, to notice one that has grown.
-                    data = os.pread(handle, size if offset else size + 1, offset)
-                finally:
-                    os.close(handle)
-                break
+                return self._stored(path, int(record["flag"]), offset, size)
             except OSError as error:
                 if error.errno not in _PASSING or wait is None:
                     raise ImageError(f"it cannot be read any more: {error.strerror}") from None
                 time.sleep(wait)
+        raise AssertionError("the last try has no wait")
+
+    def _stored(self, path: str, flag: int, offset: int, size: int) -> bytes:
+        if flag == PARQUET:
+            try:
+                return self._parquet.read(path, offset)
+            except ParquetFault as fault:
+                raise ImageError(str(fault)) from None
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # A file that holds one image is read to its end, to notice one that has grown.
+            data = os.pread(handle, size + (flag == FILE), offset)
+        finally:
+            os.close(handle)
         if len(data) != size:
+            what = "file" if flag == FILE else "tar"
             raise ImageError(
-                f"it is not the file that was indexed with {size} bytes: put that back, "
+                f"it is not the {what} that was indexed with {size} bytes: put that back, "
                 f"or `touch {os.path.dirname(path)}` to have its folder indexed again"
             )
         return data
