@@ -45,7 +45,8 @@ class Checkpoints:
 
     `begin` copies the state to the host and returns. `wait`, which the next `begin` calls as well, returns when the
     checkpoint is on the disk, or raises. The threads of all ranks have a process group of their own. `data` (see
-    `Index.fingerprint`) is written into each checkpoint; one that was written over other data is not resumed.
+    `Index.fingerprint`) is written into each checkpoint; one that was written over other
+    data, or in another order, is not resumed.
     """
 
     def __init__(self, run_folder: Path, keep_last: int, world: World, data: dict[str, int] | None = None):
@@ -221,6 +222,11 @@ class Checkpoints:
 
     def _check_data(self, path: Path) -> None:
         before = read_about(path).get("data")
+        if self.data and before and self.data.get("order", 1) != before.get("order", 1):
+            raise SharedError(
+                f"{path} was written by a version that drew another order of the images, so it cannot go on exactly: "
+                f"start a new run with train.init_from={path}"
+            )
         if self.data and before and self.data != before:
             raise SharedError(
                 f"{path} was written over {before['images']} images, and data.root holds {self.data['images']} now, or "

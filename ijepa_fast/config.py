@@ -92,8 +92,14 @@ class DataConfig(Section):
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
     decoder: Literal["auto", "dali", "pillow"] = "auto"
     threads: Count = 8  # that read and decode; has no influence on what a run computes
+    # full: a permutation of all images. shards: of blocks of neighbours, shuffled within windows, for slow storage
+    shuffle: Literal["full", "shards"] = "full"
+    limit: Count | None = None  # train on this many images, taken evenly
+    classes: tuple[str, ...] | None = None  # train on these classes only
     max_pixels: Count = 178_956_970  # of an image, which is bad beyond it: it would take the memory of a whole batch
     max_bad_fraction: Annotated[float, Field(ge=0, le=1)] = 0.01  # of the images read, beyond which a run stops
+
+    list: UserPath | None = None  # train on the images that this file names, a path or `path,label` a line
 
     @model_validator(mode="after")
     def _crop(self) -> "DataConfig":

@@ -21,8 +21,11 @@ def uniforms(key: tuple[int, ...], counters: np.ndarray, draws: int) -> np.ndarr
     start = np.random.SeedSequence(key).generate_state(1, np.uint64)
     counters = np.asarray(counters).astype(np.uint64)
     n = counters[:, None] * np.uint64(draws) + np.arange(1, draws + 1, dtype=np.uint64)
-    z = start + n * _GAMMA
+    return (mix(start + n * _GAMMA) >> np.uint64(11)) * 2.0**-53
+
+
+def mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: a bijection of 64-bit words in which every bit of `z` has a part in every bit."""
     z = (z ^ (z >> np.uint64(30))) * _MIX1
     z = (z ^ (z >> np.uint64(27))) * _MIX2
-    z ^= z >> np.uint64(31)
-    return (z >> np.uint64(11)) * 2.0**-53
+    return z ^ (z >> np.uint64(31))

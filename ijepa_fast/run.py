@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.pipeline import ImageSource, Pipeline, build_pipeline
+from ijepa_fast.data.subset import select
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluation.probe import Probe, build_probe
@@ -106,6 +107,7 @@ def build_data(
     with world.raise_on_all_ranks():
         if {"train", "val"} <= set(index.class_names):
             raise UserError(f"data.root={root} holds both train and val; name one: data.root={root}/train")
+        index = select(index, config.data)
         return build_pipeline(
             config.data,
             masks,

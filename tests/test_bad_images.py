@@ -316,4 +316,10 @@ def test_a_run_goes_through_bad_images_and_resumes_exactly(train, photographs, t
     for shard in (straight / last).glob("*.safetensors"):
         one, other = load_file(shard), load_file(resumed / last / shard.name)
         assert all(torch.equal(one[name], other[name]) for name in one)
-    assert json.loads((resumed / last / "checkpoint.json").read_text())["bad_images"] == about["bad_images"]
+    again = json.loads((resumed / last / "checkpoint.json").read_text())
+    assert again["bad_images"] == about["bad_images"]
+
+    del again["data"]["order"]  # as an earlier version wrote it
+    (resumed / last / "checkpoint.json").write_text(json.dumps(again))
+    assert "a version that drew another order of the images" in train(
+        *words, f"train.folder={resumed}", "--resume").error  # fmt: skip

@@ -4,13 +4,17 @@ import math
 import numpy as np
 import pytest
 
+from ijepa_fast.data.order import BLOCK, WINDOW, FullOrder, KeyedPermutation, ShardOrder
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
 from ijepa_fast.errors import UserError
 
+SHUFFLES = ["full", "shards"]
 
-@pytest.mark.parametrize(("images", "batch"), [(1, 1), (7, 7), (103, 10), (64, 16), (1000, 3)])
-def test_an_epoch_is_a_permutation_cut_after_the_last_whole_batch(images, batch):
-    sampler = GlobalBatchSampler(images, batch, seed=3)
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+@pytest.mark.parametrize(("images", "batch"), [(1, 1), (7, 7), (103, 10), (64, 16), (1000, 3), (40_001, 8000)])
+def test_an_epoch_is_a_permutation_cut_after_the_last_whole_batch(images, batch, shuffle):
+    sampler = GlobalBatchSampler(images, batch, seed=3, shuffle=shuffle)
     assert sampler.steps_per_epoch == images // batch
     for epoch in (0, 5):
         first = epoch * sampler.steps_per_epoch
@@ -20,6 +24,64 @@ def test_an_epoch_is_a_permutation_cut_after_the_last_whole_batch(images, batch)
         assert len(np.unique(ids)) == len(ids)
         assert ids.min() >= 0
         assert ids.max() < images
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 8, 9, 31, 1000, 4096, 4097, 100_003])
+def test_the_keyed_permutation_is_a_bijection(n):
+    for key in range(3):
+        assert np.array_equal(np.sort(KeyedPermutation(n, (key,))(np.arange(n))), np.arange(n))
+
+
+def rank_correlation(a, b):
+    return np.corrcoef(a.argsort().argsort(), b.argsort().argsort())[0, 1]
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_orders_of_epochs_and_seeds_have_nothing_in_common(shuffle):
+    n = 200_000
+    order = FullOrder if shuffle == "full" else ShardOrder
+    orders = [np.arange(n)]
+    orders += [order(n, seed).ids(epoch, np.arange(n)) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    # Spearman's rho of independent orders has standard deviation 1 / sqrt(n); with blocks, one over their number.
+    limit = 5 / math.sqrt(n if shuffle == "full" else n // BLOCK)
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert abs(rank_correlation(a, b)) < limit
+            if shuffle == "full":
+                # Neighbours in one order are nowhere near each other in another: lag-1 correlation.
+                assert abs(np.corrcoef(a[np.argsort(b)][:-1], a[np.argsort(b)][1:])[0, 1]) < limit
+
+
+def test_places_of_images_are_uniform():
+    n, steps = 1 << 16, 16
+    order = FullOrder(n, 5)
+    for epoch in range(4):
+        table = np.zeros((steps, steps))
+        ids = order.ids(epoch, np.arange(n))
+        np.add.at(table, (np.arange(n) * steps // n, ids * steps // n), 1)
+        # 225 degrees of freedom: mean 225, standard deviation 21.
+        chi = ((table - n / steps**2) ** 2).sum() / (n / steps**2)
+        assert abs(chi - 225) < 5 * 21.3
+
+
+def test_shards_read_few_regions_at_a_time_and_mix_them():
+    n = BLOCK * 400
+    ids = ShardOrder(n, 0).ids(3, np.arange(n))
+    reach = BLOCK * WINDOW
+    for first in range(0, n - 2 * reach, reach):
+        regions = np.unique(ids[first : first + reach] // BLOCK)
+        assert len(regions) == WINDOW
+        batch = np.unique(ids[first : first + 2048] // BLOCK)
+        assert len(batch) == WINDOW  # a batch of 2048 sees every region of its window
+        assert abs(rank_correlation(ids[first : first + reach // 2], np.arange(reach // 2))) < 0.1
+
+
+@pytest.mark.parametrize("shuffle", SHUFFLES)
+def test_a_part_of_an_epoch_is_the_same_alone(shuffle):
+    order = (FullOrder if shuffle == "full" else ShardOrder)(50_000, 1)
+    whole = order.ids(7, np.arange(50_000))
+    for first, last in ((0, 1), (16_000, 17_000), (49_999, 50_000)):
+        assert np.array_equal(order.ids(7, np.arange(first, last)), whole[first:last])
 
 
 def test_ids_depend_on_seed_and_step_alone():
@@ -43,7 +105,8 @@ def test_every_image_is_equally_likely_at_every_place():
 
 def test_the_order_is_frozen():
     """A resumed run must see it again with another numpy: only bit generators are stable there, and we use no more."""
-    assert GlobalBatchSampler(10, 10, seed=0).ids(0).tolist() == [8, 5, 2, 3, 4, 6, 1, 7, 0, 9]
+    assert GlobalBatchSampler(10, 10, seed=0).ids(0).tolist() == [2, 5, 4, 9, 0, 8, 7, 6, 1, 3]
+    assert GlobalBatchSampler(1000, 4, seed=0, shuffle="shards").ids(0).tolist() == [7, 74, 111, 704]
 
 
 def test_fewer_images_than_a_global_batch_is_a_user_error():

@@ -12,6 +12,7 @@ from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.loader import Loader, eval_batches
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.subset import select
 from ijepa_fast.masks import MultiBlockMasks
 
 
@@ -68,11 +69,11 @@ def build_pipeline(
 ) -> Pipeline:
     """The batches of `data.root` with `masks`, whose seed and global batch are those of order and crops as well.
 
-    `index`: left out, that of `data.root` is read or built. The other arguments are those of `Loader`. Raises
-    `UserError` as `build_index`, `GlobalBatchSampler` and `build_decoder` do.
+    `index`: left out, that of `data.root` is read or built, and what `data` selects of it is taken. The other arguments
+    are those of `Loader`. Raises `UserError` as `build_index`, `select`, `GlobalBatchSampler` and `build_decoder` do.
     """
-    index = build_index(data.root, threads=data.threads) if index is None else index
-    sampler = GlobalBatchSampler(len(index), masks.global_batch, masks.seed)
+    index = select(build_index(data.root, threads=data.threads), data) if index is None else index
+    sampler = GlobalBatchSampler(len(index), masks.global_batch, masks.seed, data.shuffle)
     source = ImageSource(index, data, device)
     loader = Loader(
         index,

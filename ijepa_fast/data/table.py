@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_fast.data import order
+
 RECORD = np.dtype([
     ("offset", "<u8"),  # bytes from the container's start; of an image in a parquet file, its row
     ("size", "<u4"),  # bytes; 2**32 - 1 for more
@@ -79,7 +81,8 @@ class Index:
         return len(self.records)
 
     def fingerprint(self) -> dict[str, int]:
-        """`{"images": number, "crc32": checksum of their paths and offsets}`: which images these are.
+        """`{"images": number, "crc32": checksum of their paths and offsets, "order": version}`: which images these are,
+        and which version of `order` trains on them.
 
         Not of their bytes: an intact copy in the place of a damaged file must not keep a run from going on.
         """
@@ -89,7 +92,7 @@ class Index:
                 some = self.records[first : first + (1 << 20)]
                 crc = zlib.crc32(np.ascontiguousarray(some["offset"]).data, crc)
                 crc = zlib.crc32(np.ascontiguousarray(some["container"]).data, crc)
-        return {"images": len(self), "crc32": crc}
+        return {"images": len(self), "crc32": crc, "order": order.VERSION}
 
     def container_path(self, container: int) -> str:
         return os.path.join(self.root, os.fsdecode(self.containers[container]))
