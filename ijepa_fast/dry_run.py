@@ -6,6 +6,7 @@ import torch
 from ijepa_kernels import ema_update_
 from rich.console import Console
 
+from ijepa_fast.data.loader import READ_AHEAD_BYTES
 from ijepa_fast.memory import memory_advice, peak_memory
 from ijepa_fast.optim import set_rates
 from ijepa_fast.run import Run
@@ -31,6 +32,7 @@ def dry_run(run: Run, console: Console) -> None:
     parts, ipe = loader.micro_batches_per_step, run.schedule.steps_per_epoch
     console.print(f"models       {config.model.name}, {millions[0]:.1f} M parameters; predictor, {millions[1]:.1f} M")
     console.print(f"data         {len(run.data.source.index)} images; {ipe} steps an epoch, {run.total_steps} in all")
+    console.print(f"read ahead   at most {READ_AHEAD_BYTES >> 20} MiB of encoded images, or one micro-batch")
     console.print(f"micro-batch  {config.optim.micro_batch} images: {second:.2f} s (the first one {first:.2f} s)")
     console.print(f"update       {rest:.2f} s; a step of {parts} micro-batches about {parts * second + rest:.2f} s")
     console.print(f"memory       {peak_memory(device) / 2**30:.2f} GiB at the peak")

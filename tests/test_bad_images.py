@@ -190,8 +190,8 @@ def test_max_pixels_is_a_key(tmp_path):
     index = build_index(tmp_path / "r", cache_dir=tmp_path / "cache")
     with Reader(index, 1, max_pixels=20_000) as reader, Reader(index, 1, max_pixels=19_999) as small:
         last = np.array([len(index) - 1])
-        assert isinstance(next(reader.start(last)), bytes)
-        assert "more than data.max_pixels=19,999" in str(next(small.start(last)))
+        assert isinstance(next(iter(reader.start(last))), bytes)
+        assert "more than data.max_pixels=19,999" in str(next(iter(small.start(last))))
 
 
 def test_headers_are_those_that_pillow_reads():
@@ -214,7 +214,7 @@ def test_passing_errors_are_tried_again(corpus, monkeypatch):
     with Reader(corpus, 1) as reader:
         assert reader.read(np.array([sound]))[0] == SOUND["jpeg.jpg"]
         left[0] = 10
-        assert "Stale file handle" in str(next(reader.start(np.array([sound]))))
+        assert "Stale file handle" in str(next(iter(reader.start(np.array([sound])))))
 
 
 def test_substitutes_are_spread_and_depend_on_their_key_alone():

@@ -7,6 +7,7 @@ import queue
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,10 +17,15 @@ import torch
 from ijepa_fast.data.bad import BadImage, decode_all, neighbours, substitutes
 from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.formats import ImageError
-from ijepa_fast.data.reader import Reader
+from ijepa_fast.data.reader import Reader, Reading
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
 from ijepa_fast.data.table import Index
 from ijepa_fast.masks import Masks, MultiBlockMasks
+
+# Bytes of encoded images that are read ahead along the order, where more than one micro-batch fits: about 600 images of
+# ImageNet. The index knows all sizes, so this bounds the memory whatever the images are.
+READ_AHEAD_BYTES = 64 << 20
+_MOST_AHEAD = 8  # micro-batches
 
 
 class Batch(NamedTuple):
@@ -112,19 +118,26 @@ class Loader:
             batch = self._build(share, list(encoded))
             yield (batch, None) if upload is None else upload(batch)
 
-    def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Iterator[bytes | ImageError]]]:
-        """Yields each micro-batch after the reading of the next one has begun."""
-        before = None
-        for step in range(first_step, last_step):
-            ids = self.sampler.ids(step)
-            for start, stop in self._slices:
-                share = _Share(step, start, stop, ids[start:stop])
-                current = share, self.reader.start(share.ids)
-                if before is not None:
-                    yield before
-                before = current
-        if before is not None:
-            yield before
+    def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Reading]]:
+        """Yields each micro-batch when the reading of those after it has begun: of one, or of `READ_AHEAD_BYTES`."""
+        begun: deque[tuple[_Share, Reading, int]] = deque()
+        total = 0
+        try:
+            for step in range(first_step, last_step):
+                ids = self.sampler.ids(step)
+                for start, stop in self._slices:
+                    share = _Share(step, start, stop, ids[start:stop])
+                    size = int(self.index.records["size"][share.ids].sum(dtype=np.int64))
+                    while (len(begun) > 1 and total + size > READ_AHEAD_BYTES) or len(begun) > _MOST_AHEAD:
+                        total -= begun[0][2]
+                        yield begun.popleft()[:2]
+                    begun.append((share, self.reader.start(share.ids), size))
+                    total += size
+            while begun:
+                yield begun.popleft()[:2]
+        finally:
+            for _, reading, _ in begun:
+                reading.cancel()
 
     def _build(self, share: "_Share", encoded: list[bytes | ImageError]) -> Batch:
         step, start, stop, ids = share
