@@ -309,6 +309,9 @@ def join(parts: Iterator[Part]) -> tuple[np.ndarray, PathTable, tuple[str, ...],
     rows, containers, names, kept, first = [], [], dict[str, int](), [], 0
     numbered = True
     for part in parts:
+        kept.append(part)
+        if not len(part.rows):
+            continue
         own = part.rows.copy()
         own["container"] += first
         first += len(part.containers)
@@ -317,8 +320,7 @@ def join(parts: Iterator[Part]) -> tuple[np.ndarray, PathTable, tuple[str, ...],
         numbered = numbered and (part.numbered or not part.class_names)
         rows.append(own)
         containers.append(part.containers)
-        kept.append(part)
-        part.rows, part.containers = part.rows[:0], PathTable.from_paths([])
+        part.rows, part.containers = np.zeros(0, RECORD), PathTable.from_paths([])
     records = np.concatenate([np.zeros(0, RECORD), *rows])
     del rows
     if numbered and names and max(map(int, names)) < 10**6:  # labels that are numbers stay these numbers

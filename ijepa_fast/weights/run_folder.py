@@ -6,6 +6,7 @@ from ijepa_fast.checkpoint import Checkpoints, find, read_about
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.sampler import GlobalBatchSampler
+from ijepa_fast.data.subset import select
 from ijepa_fast.durable import new_folder, write_durably
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import SIZES, Size
@@ -131,7 +132,7 @@ def _position(config: Config, training: dict[str, Any]) -> Position:
     data = None
     steps_per_epoch = config.optim.epoch_length
     if steps_per_epoch is None or config.data.root.exists():
-        index = build_index(config.data.root, threads=config.data.threads)
+        index = select(build_index(config.data.root, threads=config.data.threads), config.data)
         sampler = GlobalBatchSampler(len(index), config.optim.global_batch_size, config.train.seed)
         steps_per_epoch, data = steps_per_epoch or sampler.steps_per_epoch, index.fingerprint()
     return Position(training.get("step", int(training["epoch"]) * steps_per_epoch), data)
