@@ -242,11 +242,7 @@ def describe(skipped: dict[str, int]) -> str:
     return shown + (f" and {sum(n for _, n in most[8:]):,} of other kinds" if most[8:] else "")
 
 
-def main(argv: list[str] | None = None) -> int:
+if __name__ == "__main__":
     from ijepa_fast.data.index_cli import main
 
-    return main(argv)
-
-
-if __name__ == "__main__":
     sys.exit(main())
