@@ -160,7 +160,8 @@ def _open_data(args: argparse.Namespace, world: World) -> DataSet:
     for turn in (True, False):
         with world.raise_on_all_ranks(group):
             if world.is_main == turn:
-                data = open_dataset(args.data, args.labels, column, threads=args.threads or 8)
+                report = None if world.is_main else (lambda line: None)
+                data = open_dataset(args.data, args.labels, column, threads=args.threads or 8, report=report)
     return data
 
 

@@ -1,4 +1,6 @@
 """Labelled sets in the layouts that people have: train/ and val/, a folder a class, a CSV file."""
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -36,23 +38,30 @@ class DataSet(NamedTuple):
     rows: tuple[np.ndarray, np.ndarray] | None = None  # the rows of it that train and val are, int64 [n] each
 
 
-def open_dataset(root: Path, csv_file: Path | None = None, column: str | None = None, *, threads: int = 8) -> DataSet:
+def open_dataset(
+    root: Path,
+    csv_file: Path | None = None,
+    column: str | None = None,
+    *,
+    threads: int = 8,
+    report: Callable[[str], None] | None = None,
+) -> DataSet:
     """The labelled set below `root`.
 
     Without a CSV file, classes are folders: below `root`/train and `root`/val (or validation, valid, test), or below
     `root` itself, where a fifth of each class is then held out for evaluation, by a fixed seed. With one, the class of
     an image is what stands in `column` (one class for all where that is None: its numbers are wanted); a column `split`
-    with train and val says which part it belongs to, else a fifth is held out. Raises UserError where labels are
-    missing or are all the same.
+    with train and val says which part it belongs to, else a fifth is held out. `threads` and `report` are those of
+    `build_index`. Raises UserError where labels are missing or are all the same.
     """
-    root = root.expanduser()
+    root, build = root.expanduser(), functools.partial(build_index, threads=threads, report=report)
     if csv_file is not None:
-        return _from_table(build_index(root, threads=threads), read_table(csv_file), column)
+        return _from_table(build(root), read_table(csv_file), column)
     val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     if (root / "train").is_dir() and val is not None:
-        data = _two_folders(build_index(root / "train", threads=threads), build_index(val, threads=threads))
+        data = _two_folders(build(root / "train"), build(val))
     else:
-        data = _one_folder(build_index(root, threads=threads))
+        data = _one_folder(build(root))
     if len(data.class_names) < 2:
         raise UserError(f"{root} holds one class only, {data.class_names[0]}; a classifier needs at least two")
     return data

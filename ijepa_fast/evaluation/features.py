@@ -159,8 +159,9 @@ def data_fingerprint(part: Labelled) -> str:
     """Of which files a part consists, and of their sizes and times of change; in hexadecimal digits."""
     records = part.index.records[part.ids]
     digest = hashlib.sha256(part.index.root.encode(errors="surrogateescape"))
-    digest.update(records["offset"].tobytes() + records["size"].tobytes())
-    for container in records["container"].tolist():
+    containers, which = np.unique(records["container"], return_inverse=True)  # a tar has many images
+    digest.update(which.astype(np.int64).tobytes() + records["offset"].tobytes() + records["size"].tobytes())
+    for container in containers.tolist():
         path = part.index.container_path(container)
         try:
             digest.update(f"{path} {os.stat(path).st_mtime_ns}\n".encode(errors="surrogateescape"))

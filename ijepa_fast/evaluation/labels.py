@@ -77,8 +77,10 @@ def read_list(file: Path) -> list[str]:
 def find_images(index: Index, names: list[str], file: Path) -> np.ndarray:
     """Their numbers in `index`, int64 `[n]`: by path below its root, with or without a suffix, or by file name alone.
 
-    Raises UserError for a name that no image has, and for a file name that several have.
+    Raises UserError for a name that no image has, for a file name that several have, and where images lie in tars.
     """
+    if index.records["flag"].any():
+        raise UserError(f"{file} names files, but images of {index.root} lie in tars or parquet files; unpack them")
     paths = [os.fsdecode(index.containers[c]) for c in index.records["container"].tolist()]
     known: dict[str, int] = {}
     for image, path in enumerate(paths):
