@@ -90,7 +90,7 @@ class DataConfig(Section):
     probe_root: UserPath | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
     image_size: Count = 224
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
-    decoder: Literal["auto", "dali", "pillow"] = "auto"
+    decoder: Literal["auto", "dali", "pillow", "scaled"] = "auto"  # see data.decoder; tune measures them
     threads: Count = 8  # that read and decode; has no influence on what a run computes
     # full: a permutation of all images. shards: of blocks of neighbours, shuffled within windows, for slow storage
     shuffle: Literal["full", "shards"] = "full"
@@ -213,7 +213,9 @@ def check_same_run(old: Config, new: Config, where: Path) -> None:
         for key in before:
             if (section, key) == ("data", "root") and os.path.realpath(before[key]) == os.path.realpath(after[key]):
                 continue  # another name of the same folder
-            if key not in free and before[key] != after[key]:
+            # The decoders agree within a grey level, but for this one.
+            scaled = (section, key) == ("data", "decoder") and "scaled" in (before[key], after[key])
+            if (key not in free or scaled) and before[key] != after[key]:
                 raise UserError(
                     f"{where} was written with {section}.{key}={before[key]}, not {after[key]}: "
                     f"resume with the old value, or start anew in another train.folder"

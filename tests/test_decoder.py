@@ -1,5 +1,7 @@
 """Both decoders against a straightforward Pillow crop and resize, and what they do with images that are none."""
+import contextlib
 import io
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 
 from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.decoder_pillow import PillowDecoder
+from ijepa_fast.data.tune import main as tune
 from ijepa_fast.errors import DecodeError, UserError
 
 SIZE = 48
@@ -195,3 +198,41 @@ def test_auto_on_a_cpu_is_pillow():
     decoder = build_decoder("auto", threads=1)
     assert isinstance(decoder, PillowDecoder)
     decoder.close()
+
+
+def test_scaled_is_pillow_where_the_crop_is_less_than_twice_the_output():
+    boxes = np.array([[0, 0, 2 * SIZE - 1, 97], [3, 4, 90, 90]], np.int32)
+    for encoded in (GOOD, KINDS["gray"](photo(131, 97)), KINDS["cmyk"](photo(131, 97)), KINDS["png"](photo(131, 97))):
+        with contextlib.closing(build_decoder("scaled", 1)) as scaled, contextlib.closing(PillowDecoder(1)) as pillow:
+            assert torch.equal(scaled.decode([encoded] * 2, boxes, SIZE), pillow.decode([encoded] * 2, boxes, SIZE))
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8])
+def test_scaled_decodes_large_crops_nearly_as_pillow(factor):
+    width, height = 24 * factor + 40, 24 * factor + 31
+    images = [encode(photo(width, height, seed), "JPEG", quality=90) for seed in range(4)]
+    images.append(encode(photo(width, height).convert("L"), "JPEG"))
+    boxes = np.array([[n, 2 * n, 24 * factor + 9 * n, 24 * factor] for n in range(5)], np.int32)
+    with contextlib.closing(build_decoder("scaled", 1)) as scaled, contextlib.closing(PillowDecoder(1)) as pillow:
+        ours, theirs = scaled.decode(images, boxes, 24).int(), pillow.decode(images, boxes, 24).int()
+        # The DCT's low frequencies are another low-pass filter than Pillow's triangle: smooth images are nearly alike,
+        # and an image shifted by a pixel of the output, of about 10 levels here, is not.
+        assert (ours - theirs).abs().float().mean() < 1.5
+        assert not torch.equal(ours, theirs)
+        shifted = (theirs[:, :, 1:] - theirs[:, :, :-1]).abs().float().mean()
+        assert shifted > 3
+        with pytest.raises(DecodeError, match="do not hold the box"):
+            scaled.decode(images[:1], np.array([[100, 0, 24 * factor, 24 * factor]], np.int32), 24)
+
+
+def test_tune_compares_the_decoders(tmp_path, capsys):
+    for n in range(6):
+        (tmp_path / "r").mkdir(exist_ok=True)
+        (tmp_path / "r" / f"{n}.jpg").write_bytes(GOOD if n else b"nothing")
+    (tmp_path / "c.yaml").write_text(f"data: {{root: {tmp_path}/r, image_size: 48}}\nmodel: {{patch_size: 16}}\n")
+    assert tune([str(tmp_path / "c.yaml"), "--rounds", "1", "--step-ms", "100"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pillow +1 +[\d,]+ +\d+% of the time +0\.00, 0", out)
+    assert re.search(r"scaled +1 ", out)
+    assert "a step of 2048 images in 100 ms needs 20,480 images/s" in out
+    assert tune([str(tmp_path / "c.yaml"), "--images", "0"]) == 2

@@ -31,14 +31,23 @@ class Decoder(Protocol):
         """Stop the decoder's threads."""
 
 
-def build_decoder(name: Literal["auto", "dali", "pillow"], threads: int, device: torch.device | str = "cpu") -> Decoder:
+def build_decoder(
+    name: Literal["auto", "dali", "pillow", "scaled"], threads: int, device: torch.device | str = "cpu"
+) -> Decoder:
     """The decoder `name` for training on `device`. "auto": DALI for CUDA where it is installed, else Pillow.
 
     DALI on a CPU is no general gain, and its import takes a second. Median ms an image at 224 px, one thread of an
     AVX-512 Xeon, Pillow / DALI (bench/test_bench_data.py): 1.2 / 1.1 for JPEGs of 160 x 213, 2.3 / 3.0 for 500 x 375,
     12.7 / 10.6 for 1600 x 1200.
+
+    "scaled" is Pillow that decodes large JPEGs at 1/2, 1/4 or 1/8: the same pixels where the crop is less than twice
+    the output (all of 500 x 375), less than half the time for 1600 x 1200, where it differs from Pillow by 0.5 levels
+    on average, 5 at the 99th percentile and up to some 30 at edges. `auto` therefore never takes it.
+    `python -m ijepa_fast.data.tune CONFIG` measures all of them on given images.
     """
     cuda = torch.device(device).type == "cuda"
+    if name == "scaled":
+        return PillowDecoder(threads, scaled=True)
     if name == "pillow" or (name == "auto" and not cuda):
         return PillowDecoder(threads)
     try:

@@ -88,7 +88,7 @@ class Reader:
         images = list[bytes]()
         for i, data in zip(ids, self.start(ids), strict=True):
             if isinstance(data, ImageError):
-                raise UserError(f"{self.index.path(i)} cannot be used: {data}")
+                raise UserError(f"{self.index.path(i)} cannot be decoded: {data}; remove or replace it")
             images.append(data)
         return images
 
