@@ -239,6 +239,7 @@ OTHER = {
     },
     "data": {
         "root": "b", "probe_root": "c", "image_size": 448, "crop_scale": [0.4, 1.0], "decoder": "dali", "threads": 3,
+        "shuffle": "shards", "limit": 5, "classes": ["d"], "list": "e", "max_pixels": 1000, "max_bad_fraction": 0.1,
     },
     "optim": {
         "global_batch_size": 1024, "micro_batch": 64, "epochs": 100, "epoch_length": 10, "warmup_epochs": 5,
@@ -255,11 +256,18 @@ OTHER = {
 FREE = {
     *(("parallel", key) for key in OTHER["parallel"]),
     *(("log", key) for key in OTHER["log"]),
-    *(("data", key) for key in ("probe_root", "decoder", "threads")),
+    *(("data", key) for key in ("probe_root", "decoder", "threads", "max_bad_fraction")),
     *(("train", key) for key in ("folder", "init_from", "checkpoint_every", "keep_last")),
     ("optim", "micro_batch"),
 }
 KEYS = [(section, key) for section, keys in OTHER.items() for key in keys]
+
+
+def test_a_run_is_not_resumed_with_another_precision_of_pixels():
+    old, new = validate({"data": {"root": "a"}}, "old"), validate({"data": {"root": "a", "decoder": "scaled"}}, "new")
+    for one, other in ((old, new), (new, old)):
+        with pytest.raises(UserError, match=r"data\.decoder="):
+            check_same_run(one, other, Path("x"))
 
 
 def test_the_table_above_has_every_key():
