@@ -3,16 +3,18 @@
 `load_config` reads our own YAML files, and released I-JEPA ones (`ijepa_fast.released`) as they are. Every mistake is a
 `UserError` of one sentence. Keys and defaults are documented where they stand, below; `--print-config` shows all.
 """
+import contextlib
 import difflib
 import math
 import os
+import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -22,21 +24,40 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from ijepa_fast import yaml_core
 from ijepa_fast.errors import UserError
 
 Range = tuple[float, float]
 
 
+def _text(value: Any) -> Any:
+    if isinstance(value, int | float):
+        raise ValueError(f"{value} is a number to YAML: put it in quotes")
+    if value == "":
+        raise ValueError("is empty: put a path there, or . for the current folder")
+    if isinstance(value, str) and ("\0" in value or any("\ud800" <= letter <= "\udfff" for letter in value)):
+        raise ValueError(f"{value!a} cannot be the name of a file: it is no UTF-8 text, or holds a NUL")
+    return value
+
+
 def _path(path: Path) -> Path:
     if str(path).startswith("$"):
         raise ValueError(f"{path} is a placeholder: put a path there")
-    return path.expanduser()
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise ValueError(f"{path} names the home of a user who does not exist here") from None
 
 
-UserPath = Annotated[Path, AfterValidator(_path)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+UserPath = Annotated[Path, BeforeValidator(_text), AfterValidator(_path)]
+# Upper bounds are far above what anyone means: they catch a slip of the keyboard before it becomes an allocation.
+Rate = Annotated[float, Field(ge=0, le=1000)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+Batch = Annotated[int, Field(ge=1, le=2**20)]
+Few = Annotated[int, Field(ge=1, le=64)]
+Threads = Annotated[int, Field(ge=1, le=1024)]
+Pixels = Annotated[int, Field(ge=1, le=4096)]
+MOST_PATCHES = 128  # along a side: beyond, attention over the whole image takes minutes a step on any device
 
 
 class Section(BaseModel):
@@ -52,9 +73,9 @@ class Section(BaseModel):
 
 class ModelConfig(Section):
     name: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge", "vit_giant"] = "vit_small"
-    patch_size: Count = 16
-    predictor_depth: Count = 6
-    predictor_dim: Count = 384
+    patch_size: Pixels = 16
+    predictor_depth: Annotated[int, Field(ge=1, le=256)] = 6
+    predictor_dim: Annotated[int, Field(ge=1, le=16384)] = 384
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # float32 as in the released code
 
@@ -63,11 +84,11 @@ class MaskConfig(Section):
     sampler: Literal["reference", "corrected"] = "reference"  # reference: the released sampler's distribution
     collate: Literal["truncate", "ragged"] = "truncate"  # truncate: contexts cut to their group's minimum, as released
     group: Count = 128  # truncate cuts within this many consecutive positions: the released run's per-GPU batch
-    views: Count = 1  # (context, targets) sets an image, for one target forward
+    views: Few = 1  # (context, targets) sets an image, for one target forward
     max_keep: Count | None = None  # ragged: the most tokens of a context, to bound memory
     min_keep: Annotated[int, Field(ge=0)] = 10  # a block must keep more tokens than this
-    num_contexts: Count = 1
-    num_targets: Count = 4
+    num_contexts: Few = 1
+    num_targets: Few = 4
     context_scale: Range = (0.85, 1.0)  # share of the image's patches
     target_scale: Range = (0.15, 0.2)
     target_aspect: Range = (0.75, 1.5)
@@ -77,9 +98,9 @@ class MaskConfig(Section):
     def _ranges(self) -> "MaskConfig":
         for name in ("context_scale", "target_scale", "target_aspect"):
             low, high = getattr(self, name)
-            top = 1.0 if name.endswith("scale") else float("inf")
+            top = 1 if name.endswith("scale") else 1000
             if not 0 < low <= high <= top:
-                raise ValueError(f"{name} must be [low, high] with 0 < low <= high" + (" <= 1" if top == 1 else ""))
+                raise ValueError(f"{name} must be [low, high] with 0 < low <= high <= {top}")
         if self.max_keep is not None and self.collate != "ragged":
             raise ValueError("max_keep bounds ragged contexts only; set collate to ragged or leave max_keep out")
         return self
@@ -88,10 +109,10 @@ class MaskConfig(Section):
 class DataConfig(Section):
     root: UserPath  # a folder of images, at any depth; its sub-folders, if any, are the classes
     probe_root: UserPath | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
-    image_size: Count = 224
+    image_size: Pixels = 224
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
     decoder: Literal["auto", "dali", "pillow", "scaled"] = "auto"  # see data.decoder; tune measures them
-    threads: Count = 8  # that read and decode; has no influence on what a run computes
+    threads: Threads = 8  # that read and decode; has no influence on what a run computes
     # full: a permutation of all images. shards: of blocks of neighbours, shuffled within windows, for slow storage
     shuffle: Literal["full", "shards"] = "full"
     limit: Count | None = None  # train on this many images, taken evenly
@@ -110,20 +131,20 @@ class DataConfig(Section):
 
 
 class OptimConfig(Section):
-    global_batch_size: Count = 2048
-    micro_batch: Count = 128  # images a rank holds at once; gradients accumulate up to the global batch
-    epochs: Count = 300
+    global_batch_size: Batch = 2048
+    micro_batch: Batch = 128  # images a rank holds at once; gradients accumulate up to the global batch
+    epochs: Annotated[int, Field(ge=1, le=10**6)] = 300
     epoch_length: Count | None = None  # updates that count as an epoch; left out: one pass over the images
     warmup_epochs: Annotated[float, Field(ge=0)] = 40
-    start_lr: NotNegative = 2e-4
-    lr: Positive = 1e-3
-    final_lr: NotNegative = 1e-6
-    weight_decay: NotNegative = 0.04
-    final_weight_decay: NotNegative = 0.4
+    start_lr: Rate = 2e-4
+    lr: Annotated[float, Field(gt=0, le=1000)] = 1e-3
+    final_lr: Rate = 1e-6
+    weight_decay: Rate = 0.04
+    final_weight_decay: Rate = 0.4
     betas: Range = (0.9, 0.999)
-    eps: Positive = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     momentum: Range = (0.996, 1.0)  # of the EMA, first and last step
-    schedule_stretch: Annotated[float, Field(ge=1)] = 1.0  # the schedules end this many times later than the run
+    schedule_stretch: Annotated[float, Field(ge=1, le=1000)] = 1.0  # the schedules end so many times later than the run
     loss: Literal["smooth_l1", "l2"] = "smooth_l1"
 
     @model_validator(mode="after")
@@ -132,6 +153,10 @@ class OptimConfig(Section):
             raise ValueError("betas must both be at least 0 and below 1")
         if not all(0 <= momentum <= 1 for momentum in self.momentum):
             raise ValueError("momentum must be [first, last], both from 0 to 1")
+        if self.momentum == (1, 1):
+            raise ValueError("momentum [1, 1] would leave the target encoder at its random weights for ever")
+        if self.final_lr > self.lr:
+            raise ValueError(f"final_lr {self.final_lr:g} is above lr {self.lr:g}: the learning rate has to fall")
         return self
 
 
@@ -149,7 +174,7 @@ class ParallelConfig(Section):
     shard_size: Count | None = None  # hsdp: ranks that share one copy of the model; left out: those of a node
     checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matrix products and attention
     compile: bool = False  # every transformer block
-    cpu_threads: Count | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
+    cpu_threads: Threads | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
 
 
 class LogConfig(Section):
@@ -175,6 +200,11 @@ class Config(Section):
             raise ValueError(
                 f"data.image_size {self.data.image_size} is not divisible by model.patch_size {self.model.patch_size}"
             )
+        if self.grid > MOST_PATCHES:
+            raise ValueError(
+                f"model.patch_size {self.model.patch_size} makes {self.grid} x {self.grid} patches of an image of "
+                f"data.image_size {self.data.image_size}: at most {MOST_PATCHES} x {MOST_PATCHES}"
+            )
         batch, group = self.optim.global_batch_size, self.mask.group
         if self.mask.collate == "truncate" and batch % group:
             raise ValueError(
@@ -189,7 +219,7 @@ class Config(Section):
         return self.data.image_size // self.model.patch_size
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml_core.dump(self.model_dump(mode="json"))
 
 
 # Keys that may change when a run is resumed, because its results do not depend on them, or hardly: micro_batch changes
@@ -223,18 +253,32 @@ def check_same_run(old: Config, new: Config, where: Path) -> None:
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> tuple[Config, list[str]]:
-    """Read `path` (ours, or a released I-JEPA YAML) and apply `section.key=value` overrides.
+    """Read `path` (ours, a released I-JEPA YAML, or a shipped recipe's name) and apply `section.key=value` overrides.
 
     Returns the config and, for a released file, a line on each of its keys (else an empty list).
     """
     from ijepa_fast.released import convert_released, is_released
 
-    raw, notes = _read_yaml(Path(path)), list[str]()
+    path = find_config(path)
+    raw, notes = _read_yaml(path), list[str]()
     if is_released(raw):
-        raw, notes = convert_released(raw, Path(path))
+        raw, notes = convert_released(raw, path)
     for override in overrides:
         _apply(raw, override)
     return validate(raw, str(path)), notes
+
+
+def find_config(name: str | Path) -> Path:
+    """A path as it is; the name of a shipped recipe, where no file has that name, is the recipe's file."""
+    path = Path(name)
+    if path.name != str(name) or path.suffix or path.exists():
+        return path
+    folder = Path(__file__).parent / "configs"  # of an installed package; in a checkout they lie beside the package
+    folder = folder if folder.is_dir() else Path(__file__).parents[1] / "configs"
+    if not (shipped := folder / f"{name}.yaml").exists():
+        names = ", ".join(sorted(recipe.stem for recipe in folder.glob("*.yaml")))
+        raise UserError(f"there is neither a file nor a recipe {name}; the recipes are {names}")
+    return shipped
 
 
 def load_saved_config(path: Path) -> Config:
@@ -260,13 +304,13 @@ def validate(raw: dict[str, Any], source: str) -> Config:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml_core.parse(path.read_text())
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"config {path} is not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"config {path} is not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise UserError(f"config {path} must hold sections ({', '.join(Config.model_fields)}), not {raw!r}")
+        raise UserError(f"config {path} must hold sections ({', '.join(Config.model_fields)}), not {brief(raw)}")
     return raw
 
 
@@ -275,14 +319,31 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     section, dot, key = name.partition(".")
     if not (equals and dot and section and key):
         raise UserError(f"override {override!r} is not of the form section.key=value, for instance optim.lr=1e-3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        value = text
+    value: Any = text
+    if not _takes_text(section, key) or text == "null":
+        with contextlib.suppress(ValueError):  # what is no YAML is text, of which the schema says what it thinks
+            value = yaml_core.parse(text)
     target = raw.setdefault(section, {})
     if not isinstance(target, dict):
-        raise UserError(f"override {override!r}: section {section} of the config is {target!r}, not a set of keys")
+        raise UserError(
+            f"override {override!r}: section {section} of the config is {brief(target)}, not a set of keys"
+        )
     target[key] = value
+
+
+def _takes_text(section: str, key: str) -> bool:
+    """Whether a key is a path: then an override of it is no YAML, but text as it stands (null alone is none)."""
+    if section not in Config.model_fields or key not in _keys(section):
+        return False
+    section_type: Any = Config.model_fields[section].annotation
+    field = section_type.model_fields[key]
+    return field.annotation is Path or Path in [(get_args(part) or (part,))[0] for part in get_args(field.annotation)]
+
+
+def brief(value: Any) -> str:
+    """`repr` of a value that a user wrote, cut where it is long."""
+    text = reprlib.repr(value) if isinstance(value, dict | list) else repr(value)
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
 def _sentence(error: ErrorDetails) -> str:
@@ -296,7 +357,7 @@ def _sentence(error: ErrorDetails) -> str:
         return f"{place}: {message}" if place else message
     if error["type"] == "tuple_type":
         message = "should be a list of two numbers"
-    return f"{place}={error['input']!r} {message}"
+    return f"{place}={brief(error['input'])} {message}"
 
 
 def _keys(section: str) -> list[str]:

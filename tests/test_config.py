@@ -4,8 +4,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ijepa_fast import yaml_core
 from ijepa_fast.config import Config, check_same_run, load_config, validate
 from ijepa_fast.errors import UserError
+from ijepa_fast.remarks import remarks
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -104,6 +106,54 @@ def test_overrides_are_yaml_values(tmp_path):
     assert config.train.init_from == Path("x")
 
 
+@pytest.mark.parametrize("text", ["2026-11-25", "007", "no", "a #1", "[a]", "1e-3", "'quoted'", "0o10"])
+def test_an_override_of_a_path_is_text_as_it_stands(text, tmp_path):
+    config = load("data: {root: a}", f"train.folder={text}", f"train.init_from={text}", folder=tmp_path)
+    assert (str(config.train.folder), str(config.train.init_from)) == (text, text)
+    assert load(config.to_yaml(), folder=tmp_path) == config  # and survives being saved
+
+
+def test_an_optional_path_can_be_taken_back(tmp_path):
+    text = "data: {root: a}\ntrain: {init_from: b}"
+    assert load(text, "train.init_from=null", folder=tmp_path).train.init_from is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("010", 10), ("0o10", 8), ("0x1F", 31), ("1:30", "1:30"), ("no", "no"), ("2026-11-25", "2026-11-25"),
+     ("1e-3", 1e-3), ("-.inf", float("-inf")), ("null", None), ("~", None), ("True", True), ("1_000", "1_000")],
+)  # fmt: skip
+def test_values_are_read_as_yaml_1_2_has_them(text, value):
+    """https://yaml.org/spec/1.2.2/#103-core-schema: 1.1 makes 8, 90, false, a date and 1000 of some."""
+    assert yaml_core.parse(text) == value
+
+
+def test_numbers_in_overrides_are_decimal(tmp_path):
+    assert load("data: {root: a}", "train.seed=010", folder=tmp_path).train.seed == 10
+
+
+def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_config("vits16_in1k") == load_config(CONFIGS / "vits16_in1k.yaml")
+    with pytest.raises(UserError, match=r"neither a file nor a recipe vits15_in1k; the recipes are demo, vitb16_in1k"):
+        load_config("vits15_in1k")
+    (tmp_path / "vits16_in1k").write_text("data: {root: mine}")  # a file of that name comes first
+    assert load_config("vits16_in1k")[0].data.root == Path("mine")
+
+
+def test_remarks_on_what_the_run_never_comes_to():
+    base = {"data": {"root": "a"}}
+    assert remarks(validate(base, "x"), 100) == []
+    short = {"optim": {"epochs": 2}, "log": {"probe_every": 300}, "train": {"checkpoint_every": 201}}
+    warmup, probes, checkpoints = remarks(validate(base | short, "x"), 100)
+    # 2 of 40 epochs from 2e-4 up to 1e-3
+    assert warmup.endswith("its learning rate ends at 0.00024 and never comes to optim.lr=0.001")
+    assert probes == "log.probe_every=300 is past the end, step 200: probes at both ends"
+    assert checkpoints == "train.checkpoint_every=201 is past the end, step 200: one at the end"
+    (down,) = remarks(validate(base | {"optim": {"lr": 1e-4}}, "x"), 1000)
+    assert down == "optim.start_lr=0.0002 is above optim.lr=0.0001: the warm-up goes down"
+
+
 def test_the_last_override_of_a_key_counts(tmp_path):
     assert load("data: {root: a}", "optim.lr=1", "optim.lr=2", folder=tmp_path).optim.lr == 2
 
@@ -165,8 +215,32 @@ def test_every_unknown_key_is_named_at_once(tmp_path):
         ("model.name=vit_enormous", ["model.name='vit_enormous'", "'vit_giant'"]),
         ("mask.allow_overlap=maybe", ["mask.allow_overlap='maybe'", "boolean"]),
         ("mask.views=[1]", ["mask.views=[1]", "integer"]),
-        ("data.root=[a]", ["data.root=['a']", "path"]),
         ("data.root=null", ["data.root=None", "path"]),
+        ("data.root=", ["data.root: is empty", "current folder"]),
+        ("train.folder=~nosuchuser/x", ["train.folder: ~nosuchuser/x names the home of a user who does not exist"]),
+        ("train.init_from=a\0b", ["train.init_from: 'a\\x00b' cannot be the name of a file"]),
+        ("data.probe_root=a\udc80", ["data.probe_root: 'a\\udc80' cannot be the name of a file"]),
+        ("model.predictor_depth=1e12", ["model.predictor_depth=1000000000000.0", "less than or equal to 256"]),
+        ("model.predictor_dim=1180591620717411303424", ["model.predictor_dim", "less than or equal to 16384"]),
+        ("parallel.cpu_threads=1e12", ["parallel.cpu_threads", "less than or equal to 1024"]),
+        ("data.threads=2000", ["data.threads=2000", "less than or equal to 1024"]),
+        ("data.threads=1:30", ["data.threads='1:30'", "integer"]),
+        ("data.threads=" + "9" * 5000, ["data.threads='99999", "(5002 characters) Unable to parse"]),
+        ("data.image_size=1e12", ["data.image_size", "less than or equal to 4096"]),
+        ("model.patch_size=1", ["model.patch_size 1 makes 224 x 224 patches", "at most 128 x 128"]),
+        ("optim.micro_batch=1e12", ["optim.micro_batch", "less than or equal to 1048576"]),
+        ("optim.epochs=1e12", ["optim.epochs", "less than or equal to 1000000"]),
+        ("optim.lr=1e308", ["optim.lr=1e+308", "less than or equal to 1000"]),
+        ("optim.weight_decay=1e308", ["optim.weight_decay", "less than or equal to 1000"]),
+        ("optim.eps=1e300", ["optim.eps=1e+300", "less than or equal to 1"]),
+        ("optim.schedule_stretch=1e300", ["optim.schedule_stretch", "less than or equal to 1000"]),
+        ("mask.num_targets=1e12", ["mask.num_targets", "less than or equal to 64"]),
+        ("mask.num_contexts=1e12", ["mask.num_contexts", "less than or equal to 64"]),
+        ("mask.views=1e12", ["mask.views", "less than or equal to 64"]),
+        ("mask.target_aspect=[1, 1e300]", ["target_aspect", "<= 1000"]),
+        ("optim.momentum=[1, 1]", ["optim: momentum [1, 1] would leave the target encoder at its random weights"]),
+        ("optim.final_lr=0.01", ["optim: final_lr 0.01 is above lr 0.001"]),
+        ("log.every=1e12", ["log.every", "less than or equal to 1000000000"]),
         ("train.seed=-1", ["train.seed=-1", "greater than or equal to 0"]),
         ("mask.target_scale=[0.2, 0.1]", ["target_scale", "0 < low <= high <= 1"]),
         ("mask.context_scale=[0.5, 1.5]", ["context_scale", "<= 1"]),
@@ -206,6 +280,15 @@ def test_suggested_group_is_accepted(tmp_path):
         ("data: 5", ["data=5"]),
         ("data: {root: a}\noptim:", ["optim"]),
         ("data: {root: a}\n5: 6", ["Keys should be strings"]),
+        ("data: {root: a}\noptim:\n  lr: 1\n  lr: 2", ["not YAML: line 4: lr is given twice, first in line 3"]),
+        ("data: {root: a}\nmodel: {}\ndata: {root: b}", ["line 3: data is given twice, first in line 1"]),
+        ("data: {root: 007}", ["data.root: 7 is a number to YAML: put it in quotes"]),
+        ("data: {root: ''}", ["data.root: is empty"]),
+        ("a: &a [x]\ndata: {root: *a}", ["line 2: *a stands for more than one value"]),
+        ("a: &a {b: c}\ndata: *a", ["line 2: *a stands for more than one value"]),
+        ("[" * 5000, ["nested too deep"]),
+        ("data: {root: a, threads: " + "9" * 5000 + "}", ["a number of 5000 digits"]),
+        ("data: {root: a}\noptim: [" + "1, " * 5000 + "2]", ["optim=[1, 1, 1, 1, 1, 1, ...]"]),
     ],
 )
 def test_file_that_is_no_config(text, words, tmp_path):

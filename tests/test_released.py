@@ -78,7 +78,7 @@ def test_every_value_arrives(write):
                  "num_workers": 3},
         "mask": {"patch_size": 8, "num_enc_masks": 2, "enc_mask_scale": [0.7, 0.8], "num_pred_masks": 5,
                  "pred_mask_scale": [0.1, 0.3], "aspect_ratio": [0.5, 2.0], "min_keep": 7, "allow_overlap": True},
-        "optimization": {"epochs": 9, "warmup": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.3, "weight_decay": 0.5,
+        "optimization": {"epochs": 9, "warmup": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.15, "weight_decay": 0.5,
                          "final_weight_decay": 0.6, "ema": [0.7, 0.8], "ipe_scale": 1.25},
         "logging": {"folder": "c"},
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_every_value_arrives(write):
         "data": {"root": Path("a/b/train"), "image_size": 240, "crop_scale": (0.4, 0.9), "threads": 3},
         "mask": {"group": 64, "num_contexts": 2, "context_scale": (0.7, 0.8), "num_targets": 5, "min_keep": 7,
                  "target_scale": (0.1, 0.3), "target_aspect": (0.5, 2.0), "allow_overlap": True},
-        "optim": {"micro_batch": 64, "epochs": 9, "warmup_epochs": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.3,
+        "optim": {"micro_batch": 64, "epochs": 9, "warmup_epochs": 2, "start_lr": 0.1, "lr": 0.2, "final_lr": 0.15,
                   "weight_decay": 0.5, "final_weight_decay": 0.6, "momentum": (0.7, 0.8), "schedule_stretch": 1.25},
         "train": {"folder": Path("c")},
     }  # fmt: skip
