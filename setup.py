@@ -1,22 +1,27 @@
-"""Two packages in one distribution: the driver `ijepa_fast` and the op library `ijepa_kernels`."""
-from setuptools import setup
+"""Two packages in one distribution: the driver `ijepa_fast` and the op library `ijepa_kernels`.
+
+The ops alone: `pip install ./kernels`, which has a setup of its own.
+"""
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = re.search('"(.+)"', Path(__file__).with_name("ijepa_fast").joinpath("version.py").read_text().splitlines()[1])
 
 setup(
     name="ijepa_fast",
-    version="0.1.0",
+    version=VERSION[1],
     description="Fast I-JEPA pretraining: fused Triton ops and a thin training driver",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "ijepa_fast",
-        "ijepa_fast.data",
-        "ijepa_fast.decode",
-        "ijepa_fast.evaluation",
-        "ijepa_fast.view",
-        "ijepa_fast.weights",
-        "ijepa_kernels",
-    ],
+    packages=[*find_packages(include=["ijepa_fast", "ijepa_fast.*"]), "ijepa_fast.configs", "ijepa_kernels"],
     # kernels/ is a source root, not a package: an __init__.py there would shadow Hugging Face's `kernels`.
-    package_dir={"ijepa_kernels": "kernels/ijepa_kernels"},
+    package_dir={"ijepa_kernels": "kernels/ijepa_kernels", "ijepa_fast.configs": "configs"},
+    package_data={"ijepa_fast": ["py.typed"], "ijepa_fast.configs": ["*.yaml"], "ijepa_kernels": ["py.typed"]},
+    entry_points={"console_scripts": ["ijepa = ijepa_fast.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -5,6 +5,8 @@ The names below are imported when they are first used: `import ijepa_fast` alone
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ijepa_fast.version import __version__
+
 if TYPE_CHECKING:
     from ijepa_kernels import (
         Packed,
@@ -30,6 +32,7 @@ __all__ = [
     "Packed",
     "Predictor",
     "VisionTransformer",
+    "__version__",
     "apply_masks",
     "build_encoder",
     "build_predictor",

@@ -11,11 +11,17 @@ verified before it is loaded. Loading runs no code from the files: tensors come 
 A run draws no random numbers after its weights' initialisation (order, crops and masks are functions of seed and step),
 so there is no generator state to keep.
 """
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["checkpoint", *sys.argv[1:]]))
+
 import contextlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -302,9 +308,3 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"
-
-
-if __name__ == "__main__":
-    from ijepa_fast.checkpoint_cli import main
-
-    sys.exit(main())

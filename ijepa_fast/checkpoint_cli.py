@@ -1,11 +1,11 @@
 """`python -m ijepa_fast.checkpoint PATH [--export FILE]`: show, verify and export a checkpoint."""
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 import ijepa_fast.weights.ours as ours
+from ijepa_fast import arguments
 from ijepa_fast.checkpoint import find, read_about, verify
 from ijepa_fast.cli import command
 from ijepa_fast.errors import UserError
@@ -13,13 +13,7 @@ from ijepa_fast.errors import UserError
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.checkpoint",
-        description="Show what a checkpoint holds and verify its sizes and checksums. Exit code 2: it is damaged.",
-    )
-    parser.add_argument("path", type=Path, help="a checkpoint, or a run folder: then its latest one")
-    parser.add_argument("--export", type=Path, metavar="FILE", help="write the weights, whole, in fp32, as safetensors")
-    args = parser.parse_args(argv)
+    args = arguments.checkpoint(argv)
     console = Console(highlight=False, soft_wrap=True)
     path = find(args.path, ours.ALONE)
     about = read_about(path)

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from ijepa_fast import compat, distributed
+from ijepa_fast import compat
 from ijepa_fast.errors import SharedError, UserError
 
 
@@ -22,12 +22,13 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
 
     @functools.wraps(main)
     def run(argv: list[str] | None = None) -> int:
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        # What torchrun set is checked where the processes meet: here it is only what an error is headed with.
+        rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
         try:
             with compat.single_process_checkpoints():
                 main(argv)
         except UserError as error:
-            own = distributed.has_joined() and not isinstance(error, SharedError)
+            own = _has_joined() and not isinstance(error, SharedError)
             if own or os.environ.get("LOCAL_RANK", "0") == "0":
                 print(f"error: {rank if own else ''}{error}", file=sys.stderr)
             return 2
@@ -36,6 +37,8 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
             print(f"error: {rank}{where}{error.strerror or error}", file=sys.stderr)
             return 2
         except RuntimeError as error:
+            from ijepa_fast import distributed
+
             if not (sentence := distributed.lost_contact(error)):
                 raise
             # The other rank's own error comes first; torchrun, having seen it, may end this process meanwhile.
@@ -48,3 +51,9 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
         return 0
 
     return run
+
+
+def _has_joined() -> bool:
+    """Whether other processes were met: not before the module that does it was imported, which takes seconds."""
+    distributed = sys.modules.get("ijepa_fast.distributed")
+    return distributed is not None and distributed.has_joined()

@@ -6,18 +6,20 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def mark_dynamic(x: Tensor) -> None:
+def mark_dynamic(x: "Tensor") -> None:
     """Make the first dimension of `x` a symbol to the compiler, not a number to compile for.
 
     `torch._dynamo.maybe_mark_dynamic` (torch 2.11 to 2.13), unlike the public `mark_dynamic`, is no error where the
     length turns out to be constant. Without it: `torch.compile(dynamic=True)`, which makes widths symbols too.
     """
+    import torch
+
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
 

@@ -3,8 +3,13 @@
 Pretrains on the real photographs that scikit-image and scikit-learn ship, or on your own, and ends with a table and a
 picture of what the predictor knows of hidden blocks before and after. Nothing is downloaded.
 """
-import argparse
 import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["demo", *sys.argv[1:]]))
+
 from importlib.resources import files
 from pathlib import Path
 
@@ -12,7 +17,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from ijepa_fast import distributed
+from ijepa_fast import arguments, distributed
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
 from ijepa_fast.evaluation.probe import evenly
@@ -92,20 +97,9 @@ def show_retrieval(run: Run, console: Console) -> None:
         console.print(f"picture     {path}", markup=False)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.demo",
-        description="Pretrain on a few photographs, and show whether the predictor knows what is hidden from it.",
-        epilog="Photographs are put into data.root where there is no such folder; another one is used as it is.",
-    )
-    parser.add_argument("--config", required=True, help="configs/demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    return parser.parse_intermixed_args(argv)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments.demo(argv)
     config, _ = load_config(args.config, args.overrides)
     if not config.data.root.exists():
         write_photographs(config.data.root)
@@ -113,7 +107,3 @@ def main(argv: list[str] | None = None) -> None:
         console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
         if train(run, console, resume=False):
             show_retrieval(run, console)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

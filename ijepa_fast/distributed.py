@@ -24,9 +24,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from ijepa_fast.config import Config
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.malloc import keep_freed_memory
+from ijepa_fast.threads import torch_threads
 
 # What `auto` shards on CUDA. A parameter with target, gradient and AdamW state takes 20 bytes: under ddp the huge takes
 # 13 GB of every GPU before the first activation, and the giant 20.
+_TORCHRUN = ("RANK", "MASTER_ADDR", "MASTER_PORT")
 SHARDED = ("vit_huge", "vit_giant")
 
 
@@ -129,6 +131,18 @@ def join(config: Config) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def _place(rank: str, size: str) -> tuple[int, int]:
+    """The values of two variables that torchrun sets: a rank, and of how many; (0, 1) where it did not start this."""
+    values = []
+    for name, default in ((rank, "0"), (size, "1")):
+        if not (text := os.environ.get(name, default)).isdigit():
+            raise UserError(f"{name}={text} is no number: start with torchrun, or unset it")
+        values.append(int(text))
+    if values[0] >= values[1]:
+        raise UserError(f"{rank}={values[0]} is not below {size}={values[1]}: start with torchrun, or unset both")
+    return values[0], values[1]
+
+
 @contextlib.contextmanager
 def join_replicas(cpu_threads: int | None = None) -> Iterator[World]:
     """The same without a config, for ranks that hold whole models each, as evaluation does."""
@@ -159,10 +173,12 @@ def lost_contact(error: RuntimeError) -> str | None:
 
 def _this_process(cpu_threads: int | None) -> tuple[World, int]:
     """Rank and device as torchrun's environment gives them, and how many processes this machine runs."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    rank, size = _place("RANK", "WORLD_SIZE")
+    local_rank, local_size = _place("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if size > 1 and (missing := [name for name in _TORCHRUN if name not in os.environ]):
+        raise UserError(f"WORLD_SIZE={size}, but {', '.join(missing)} not set: start with torchrun, or unset it")
     # A float sum depends on how many threads share it, so their number is pinned: a run is exact only with it.
-    torch.set_num_threads(cpu_threads or max(1, len(os.sched_getaffinity(0)) // local_size))
+    torch.set_num_threads(torch_threads(cpu_threads, local_size)[0])
     device = _device(local_rank, local_size)
     if device.type == "cpu":
         keep_freed_memory()

@@ -5,18 +5,28 @@
 SLURM warns the job 90 s before it ends it. The run then finishes its step and saves (see `preemption`), submitit puts
 the job back into the queue, and it goes on from the latest checkpoint.
 """
-import argparse
-import os
+from __future__ import annotations
+
 import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["launch", *sys.argv[1:]]))
+
+import os
 from pathlib import Path
 from typing import Any
 
-import submitit
-
-from ijepa_fast import compat, train
+from ijepa_fast import arguments, compat, train
 from ijepa_fast.cli import command
-from ijepa_fast.config import load_config
+from ijepa_fast.config import find_config, load_config
 from ijepa_fast.errors import UserError
+
+try:
+    import submitit
+except ImportError:  # of the extra `slurm`
+    submitit = None
 
 REQUEUES = 1000  # time limits a job may run into; a long recipe on a short queue needs many
 
@@ -42,30 +52,11 @@ class Task:
         return submitit.helpers.DelayedSubmission(Task(self.arguments, self.run_folder, requeued=True))
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.launch",
-        description="Submit a run to SLURM: one process a GPU; preempted or out of time, it is requeued and resumed.",
-        epilog="Logs and the job's files go to train.folder/slurm, which all nodes must see.",
-    )
-    parser.add_argument("--nodes", type=int, required=True)
-    parser.add_argument("--gpus-per-node", type=int, required=True)
-    parser.add_argument("--partition", help="left out: the cluster's default")
-    parser.add_argument("--hours", type=float, default=24, help="time limit of one link of the chain (default: 24)")
-    parser.add_argument("--cpus-per-gpu", type=int, default=12, help="for the loader's threads (default: 12)")
-    parser.add_argument(
-        "--sbatch", action="append", default=[], metavar="KEY=VALUE", help="any other sbatch option, as account=vision"
-    )
-    parser.add_argument("--print", action="store_true", help="show the sbatch script and submit nothing")
-    parser.add_argument("--config", required=True, help="as for ijepa_fast.train")
-    parser.add_argument("--resume", action="store_true", help="as for ijepa_fast.train")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    return parser.parse_intermixed_args(argv)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments.launch(argv)
+    if submitit is None:
+        raise UserError("launching needs submitit, the extra `slurm`: pip install 'ijepa_fast[slurm]'")
     config, _ = load_config(args.config, args.overrides)
     for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "hours"):
         if getattr(args, name) <= 0:
@@ -94,15 +85,12 @@ def main(argv: list[str] | None = None) -> None:
         print(compat.sbatch_script(folder, **options))
         return
 
-    arguments = ["--config", str(Path(args.config).absolute()), *args.overrides, *(["--resume"] if args.resume else [])]
+    words = ["--config", str(find_config(args.config).absolute()), *args.overrides]
     try:
         executor = submitit.SlurmExecutor(folder=folder, max_num_timeout=REQUEUES)
     except RuntimeError:
         raise UserError("there is no srun here: call this on a login node of the cluster, or add --print") from None
     executor.update_parameters(**options)
-    job = executor.submit(Task(arguments, config.train.folder.absolute()))
+    words += ["--resume"] if args.resume else []
+    job = executor.submit(Task(words, config.train.folder.absolute()))
     print(f"job {job.job_id} submitted; its log: {job.paths.stdout}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,10 +11,15 @@ reduces gradients once, 2 * 4P * (W-1)/W. fsdp gathers the target once a micro-b
 2P * (W-1)/W each, and scatters fp32 gradients once, 4P * (W-1)/W. hsdp does that in a node of S, at
 its link's bandwidth, and reduces the shards' gradients over R nodes, 2 * 4P/S * (R-1)/R.
 """
-import argparse
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["plan", *sys.argv[1:]]))
+
 import json
 import math
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from ijepa_fast import arguments
 from ijepa_fast.cli import command
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
@@ -327,27 +333,9 @@ def draw(config: Config, model: Model, gpu: Gpu, name: str, mfu: float, out: Pat
     figure.savefig(out)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.plan",
-        description="Memory and time of a config on N GPUs, on paper: strategies by checkpointing policies.",
-        epilog="Memory is counted from the tensors that the code keeps. Times are predictions, from --mfu and the "
-        "bandwidths of the links.",
-    )
-    parser.add_argument("--config", required=True, help="as for ijepa_fast.train")
-    parser.add_argument("--gpus", type=int, required=True)
-    parser.add_argument("--gpu", choices=GPUS, default="h100")
-    parser.add_argument("--mfu", type=float, default=0.45, help="share of the peak that is reached (default: 0.45)")
-    parser.add_argument("--images", type=int, help="in the training set, for the days; ImageNet's known from data.root")
-    parser.add_argument("--json", action="store_true", help="print the plans as JSON")
-    parser.add_argument("--out", type=Path, help="also draw images/s from 8 to 1024 GPUs into this picture")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    return parser.parse_intermixed_args(argv)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments.plan(argv)
     config, _ = load_config(args.config, args.overrides)
     batch = config.optim.global_batch_size
     if args.gpus < 1 or batch % args.gpus:
@@ -398,7 +386,3 @@ def main(argv: list[str] | None = None) -> None:
         f"and days are predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s, links of "
         f"{gpu.node_link:.0f} GB/s in a node and {gpu.network:.0f} between nodes, the longer of the two."
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,17 +2,22 @@
 
 Reads top to bottom: the command line, the loop, what is logged, what is made at the end. An update is in `step`.
 """
-import argparse
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["train", *sys.argv[1:]]))
+
 import contextlib
 import functools
 import itertools
 import math
-import sys
 
 import torch
 from rich.console import Console
 
-from ijepa_fast import distributed, parallel
+from ijepa_fast import arguments, distributed, parallel
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
@@ -34,31 +39,9 @@ SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
 MOST_LINES = 20  # on bad images, at a time
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.train",
-        description="Pretrain I-JEPA from one config: on a CPU, on one GPU or, under torchrun, on several.",
-        epilog="Example: python -m ijepa_fast.train --config configs/vits16_in1k.yaml data.root=/data/imagenet/train "
-        "optim.micro_batch=64. What a run writes is in train.folder: config.yaml, log.csv, log.jsonl, tensorboard/, "
-        "curves.png, masks.png, checkpoints/ and, for bad images, bad_images.jsonl. Ctrl-C or SIGTERM finishes the "
-        "step, saves and leaves.",
-    )
-    parser.add_argument("--config", required=True, help="a YAML file: of configs/, your own, or a released I-JEPA's")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    parser.add_argument("--resume", action="store_true", help="go on, exactly, from train.folder's latest checkpoint")
-    parser.add_argument("--print-config", action="store_true", help="print every key and its value, and leave")
-    parser.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="build everything, run two micro-batches and one update on the real data, print memory and time; "
-        "writes nothing",
-    )
-    return parser.parse_intermixed_args(argv)
-
-
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments.train(argv)
     config, notes = load_config(args.config, args.overrides)
     if args.print_config:
         print(config.to_yaml(), end="")
@@ -215,7 +198,3 @@ def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
     console.print(f"checkpoint  {checkpoints.path(checkpoints.steps()[-1])}")
     console.print(f"curves      {draw_curves(folder)}")
     console.print(f"mask sheet  {folder / 'masks.png'}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,11 +6,13 @@ from .packed import Packed
 from .patches import IMAGENET_MEAN, IMAGENET_STD, embed_patches, gather_patches
 from .predictor import predictor_tokens
 from .tokens import apply_masks, gather_tokens
+from .version import __version__
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "Packed",
+    "__version__",
     "apply_masks",
     "ema_update_",
     "embed_patches",

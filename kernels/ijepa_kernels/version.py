@@ -1,0 +1,2 @@
+"""The version of the ops, which is that of the whole project."""
+__version__ = "0.1.0"
