@@ -37,6 +37,9 @@ def train(argv: list[str] | None) -> argparse.Namespace:
     )
     _add_config(parser)
     parser.add_argument("--resume", action="store_true", help="go on, exactly, from train.folder's latest checkpoint")
+    parser.add_argument(
+        "--extend", action="store_true", help="with --resume: optim.epochs may be more than the run was begun with"
+    )
     parser.add_argument("--print-config", action="store_true", help="print every key and its value, and leave")
     parser.add_argument(
         "--dry-run",
@@ -44,7 +47,10 @@ def train(argv: list[str] | None) -> argparse.Namespace:
         help="check all that the run needs, run two micro-batches and one update on the real data, print memory and "
         "time; writes nothing",
     )
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if args.extend and not args.resume:
+        parser.error("--extend goes with --resume")
+    return args
 
 
 def demo(argv: list[str] | None) -> argparse.Namespace:

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step_00000500/
         shard-*.safetensors   encoder.*, predictor.*, target_encoder.*, optimizer.* (one file a rank)
-        checkpoint.json       step, config, versions; size and CRC-32 of every shard
+        checkpoint.json       step, config, versions; size and CRC-32 of every shard; a digest of all this
 
 `python -m ijepa_fast.checkpoint PATH [--export FILE]` shows, verifies and exports one (`checkpoint_cli`).
 
@@ -19,17 +19,21 @@ if __name__ == "__main__":  # the door answers --help and mistakes before the im
     sys.exit(ijepa(["checkpoint", *sys.argv[1:]]))
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -38,11 +42,12 @@ from ijepa_fast.config import Config, check_same_run, load_saved_config
 from ijepa_fast.distributed import World
 from ijepa_fast.durable import checksum, sync_folder, write_durably
 from ijepa_fast.errors import SharedError, UserError
+from ijepa_fast.run_folder import RunLock, record_change
 
 if TYPE_CHECKING:
     from ijepa_fast.run import TrainState
 
-FORMAT = 1
+FORMAT = 2  # 1, of earlier versions, has no digest
 _FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
@@ -61,6 +66,8 @@ class Checkpoints:
         self.world = world
         self.data = data
         self.bad_images: dict[str, Any] | None = None  # those of the checkpoint that was resumed
+        self.extended: Config | None = None  # what the run was written with, where `open` has made it longer
+        self._lock: RunLock | None = None
         self._group = world.long_timeout_group()
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
@@ -72,15 +79,19 @@ class Checkpoints:
         *,
         resume: bool,
         init: Callable[[], str | None] = lambda: None,
+        extend: bool = False,
         report: Callable[[str], None] = lambda line: None,
     ) -> int:
         """Begin in the run folder, or go on in it; returns the number of updates already done.
 
+        From here to `close` no other process can open it. `extend`: go on to more epochs than the run was begun with.
         `init` is called for a run that begins, and may give it other weights (train.init_from). `report` gets a line
         on what was loaded. Raises UserError where a new run would write over an old one, where
         there is nothing to resume, and where the config would not continue the run.
         """
-        self._check_folder(config, resume)
+        before = self.check_folder(config, resume, extend=extend)
+        if before is not None:
+            self._take_lock(report)
         done = 0
         if resume and (found := self.resume(state, report)):
             done = found[0]
@@ -90,27 +101,62 @@ class Checkpoints:
                 report(f"{self.run_folder} holds no checkpoint yet: starting from step 0")
             if said := init():
                 report(said)
+        if before is None:
+            with self._writing_folder():
+                if self.world.is_main:
+                    self.folder.mkdir(parents=True, exist_ok=True)
+            self._take_lock(report)
         self._keep_config(config)
+        if before is not None:
+            with self._writing_folder():
+                if self.world.is_main:
+                    old, new = before.model_dump(mode="json"), config.model_dump(mode="json")
+                    record_change(self.run_folder, done, old, new)
+            self.extended = before if config.optim.epochs > before.optim.epochs else None
         return done
 
-    def _check_folder(self, config: Config, resume: bool) -> None:
+    def check_folder(self, config: Config, resume: bool, *, extend: bool = False) -> Config | None:
+        """Raise UserError where `open` would, without writing anything. Returns the config of the run to resume."""
         kept = self.run_folder / "config.yaml"
         with self.world.raise_on_all_ranks():
             if resume and not kept.exists():
                 raise UserError(f"there is no run in {self.run_folder} to resume; leave out --resume to start one")
             if resume:
-                check_same_run(load_saved_config(kept), config, kept)
-            elif kept.exists():
+                before = load_saved_config(kept)
+                check_same_run(before, config, kept, extend=extend)
+                return before
+            if kept.exists():
+                free = next(f"{self.run_folder}_{n}" for n in range(2, 10**6) if not self._run_in(n).exists())
                 raise UserError(
-                    f"{self.run_folder} already holds a run; go on with --resume, or choose another train.folder"
+                    f"{self.run_folder} already holds a run; go on with --resume, or choose another train.folder, for "
+                    f"instance train.folder={free}"
                 )
+            parent = next(folder for folder in self.run_folder.absolute().parents if folder.exists())
+            if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+                problem = "may not be written in" if parent.is_dir() else "is no folder"
+                raise UserError(f"train.folder={self.run_folder} cannot be written: {parent} {problem}")
+        return None
+
+    def _run_in(self, n: int) -> Path:
+        return self.run_folder.with_name(f"{self.run_folder.name}_{n}")
+
+    def _take_lock(self, report: Callable[[str], None]) -> None:
+        with self._writing_folder():
+            if self.world.is_main and self._lock is None:
+                self._lock = RunLock(self.run_folder)
+        if self._lock is not None and not self._lock.held:
+            report(f"the file system of {self.run_folder} has no locks: see to it that this run alone writes there")
 
     def _keep_config(self, config: Config) -> None:
+        with self._writing_folder():
+            if self.world.is_main:
+                write_durably(self.run_folder / "config.yaml", config.to_yaml())
+
+    @contextlib.contextmanager
+    def _writing_folder(self) -> Iterator[None]:
         with self.world.raise_on_all_ranks():
             try:
-                if self.world.is_main:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                    write_durably(self.run_folder / "config.yaml", config.to_yaml())
+                yield
             except OSError as error:
                 raise UserError(f"train.folder={self.run_folder} cannot be written: {error.strerror}") from None
 
@@ -120,6 +166,12 @@ class Checkpoints:
 
     def path(self, step: int) -> Path:
         return self.folder / f"step_{step:08d}"
+
+    def last(self) -> str:
+        """In a few words: what a run that ends now can go on from."""
+        if steps := self.steps():
+            return f"{self.path(steps[-1])} is the last checkpoint; --resume goes on from it"
+        return "no checkpoint was saved yet"
 
     def begin(
         self, step: int, state: "TrainState", config: Config, bad_images: dict[str, Any] | None = None
@@ -150,6 +202,9 @@ class Checkpoints:
 
     def close(self) -> None:
         self._writer.shutdown()
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
 
     def write(
         self, step: int, tensors: dict[str, Any], config: Config, bad_images: dict[str, Any] | None = None
@@ -168,7 +223,7 @@ class Checkpoints:
         files = self.world.gather_objects(own, self._group)
         with self._all_or_none(step, temporary):
             if self.world.is_main:
-                about = {
+                about: dict[str, Any] = {
                     "format": FORMAT,
                     "step": step,
                     "config": config.model_dump(mode="json"),
@@ -177,6 +232,7 @@ class Checkpoints:
                     "torch": torch.__version__,
                     "files": {name: value for part in files for name, value in sorted(part.items())},
                 }
+                about["digest"] = digest(about)
                 write_durably(temporary / "checkpoint.json", json.dumps(about, indent=1))
                 self._publish(step, temporary)
 
@@ -240,26 +296,61 @@ class Checkpoints:
             )
 
 
+class _About(BaseModel):
+    """What checkpoint.json must hold; more is let through."""
+
+    format: Literal[1, 2]
+    step: Annotated[int, Field(ge=0, lt=10**8)]
+    config: dict[str, dict[str, Any]]
+    files: Annotated[dict[str, Annotated[list[int], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    data: dict[str, int] | None = None
+    torch: str = ""
+    digest: str = ""
+
+
+def digest(about: dict[str, Any]) -> str:
+    """SHA-256 of all that checkpoint.json says, the checksums of the shards among it, but for the digest itself."""
+    rest = {key: value for key, value in about.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def read_about(path: Path) -> dict[str, Any]:
-    """checkpoint.json of a checkpoint folder."""
+    """checkpoint.json of a checkpoint folder. UserError where its shape or its digest is not that of a checkpoint."""
     try:
         about = json.loads((path / "checkpoint.json").read_text())
-        if about["format"] != FORMAT:
-            raise UserError(f"{path} has checkpoint format {about['format']}; this version reads format {FORMAT}")
-        if missing := {"step", "config", "files"} - about.keys():
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if isinstance(about, dict) and about.get("format") not in (1, FORMAT):
+            raise UserError(f"{path} has checkpoint format {about.get('format')}; this version reads {FORMAT} and 1")
+        checked = _About.model_validate(about, strict=True)
+        for name in checked.files:
+            if os.path.basename(name) != name or not name.endswith(".safetensors"):
+                raise ValueError(f"files: {name} is no name of a shard")
+        if (checked.format > 1 or checked.digest) and digest(about) != checked.digest:
+            raise ValueError("it is damaged: its digest is another")
         return about
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {reason(error)}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    except RecursionError:
+        problem = "it is nested too deep"
+    except (OSError, ValueError) as error:
+        problem = reason(error) if isinstance(error, OSError | json.JSONDecodeError) else str(error)
+    raise UserError(f"{path} is no readable checkpoint: checkpoint.json: {problem}")
 
 
 def verify(path: Path, world: World) -> str | None:
     """A sentence on what is wrong with a checkpoint, or None. Each rank reads a part of the files."""
     problem = None
     try:
-        for i, (name, written) in enumerate(sorted(read_about(path)["files"].items())):
-            if i % world.size == world.rank and checksum(path / name) != written:
+        for i, (name, (size, crc)) in enumerate(sorted(read_about(path)["files"].items())):
+            if i % world.size != world.rank:
+                continue
+            if checksum(path / name) != [size, crc]:
                 raise UserError(f"{path / name} is damaged: size or checksum differ from checkpoint.json")
+            try:
+                with safe_open(path / name, "pt"):
+                    pass
+            except SafetensorError as error:
+                raise UserError(f"{path / name} is no safetensors file: {error}") from None
     except (UserError, OSError) as error:
         problem = str(error)
     return next(filter(None, world.gather_objects(problem)), None)
@@ -274,6 +365,10 @@ def load(path: Path, state: "TrainState") -> None:
     _check_shapes(path, tensors, reader.read_metadata().state_dict_metadata)
     with compat.single_process_checkpoints():
         dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    for section, values in tensors.items():
+        for name, value in values.items():
+            if not (value.to_local() if hasattr(value, "to_local") else value).isfinite().all():
+                raise SharedError(f"{path} holds numbers that are not finite, in {section}.{name}: it is of no use")
     optimizer |= tensors["optimizer"]
     set_optimizer_state_dict(state.trained(), state.optimizer, optimizer, options=_FLAT)
 
@@ -307,4 +402,6 @@ def reason(error: BaseException) -> str:
         error = next(iter(error.failures.values()))[0]
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if isinstance(error, SafetensorError) and (number := re.search(r"os error (\d+)", str(error))):
+        return os.strerror(int(number[1]))
     return f"{type(error).__name__}: {error}"

@@ -8,9 +8,13 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ijepa_fast import compat
 from ijepa_fast.errors import SharedError, UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
@@ -33,7 +37,7 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
                 print(f"error: {rank if own else ''}{error}", file=sys.stderr)
             return 2
         except OSError as error:  # the disk is full, or a folder went away
-            where = f"{error.filename}: " if error.filename else ""
+            where = f"{error.filename}: " if error.filename else _let_go_of_full_stdout()
             print(f"error: {rank}{where}{error.strerror or error}", file=sys.stderr)
             return 2
         except RuntimeError as error:
@@ -57,3 +61,21 @@ def _has_joined() -> bool:
     """Whether other processes were met: not before the module that does it was imported, which takes seconds."""
     distributed = sys.modules.get("ijepa_fast.distributed")
     return distributed is not None and distributed.has_joined()
+
+
+def _let_go_of_full_stdout() -> str:
+    """Whether standard output was what could not be written: then it is closed, or Python's exit would fail as well."""
+    try:
+        print(flush=True)  # what was being written is gone from the buffers: only another write tells
+        return ""
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return "standard output: "
+
+
+def console(*, quiet: bool = False) -> "Console":
+    """A console that prints what it is given: nothing that a user, a file or a library wrote is read as markup."""
+    from rich.console import Console
+
+    # soft_wrap: a path stays on one line where output is no terminal.
+    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)

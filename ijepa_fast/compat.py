@@ -3,6 +3,7 @@ import contextlib
 import logging
 import shlex
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,20 @@ def single_process_checkpoints() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         yield
+
+
+def silence_board_thread() -> None:
+    """TensorBoard's writer thread prints a traceback when the disk is full; its next flush raises the same error here.
+
+    `_AsyncWriterThread` of tensorboard's event_file_writer. If it is renamed the traceback is seen again, and no more.
+    """
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+            before(args)
+
+    threading.excepthook = hook
 
 
 def sbatch_script(folder: Path, **options: Any) -> str:

@@ -236,13 +236,25 @@ _EXACT = {
 _RETIRED = {"log.crop_knn"}  # earlier versions wrote them into config.yaml and checkpoint.json
 
 
-def check_same_run(old: Config, new: Config, where: Path) -> None:
-    """Raise a `UserError` naming the first key in which `new` would not continue the run that wrote `old`."""
+def check_same_run(old: Config, new: Config, where: Path, *, extend: bool = False) -> None:
+    """Raise a `UserError` naming the first key in which `new` would not continue the run that wrote `old`.
+
+    `extend`: more epochs are no such key.
+    """
+    longer = new.optim.epochs > old.optim.epochs
     for section, free in _EXACT.items():
         before, after = getattr(old, section).model_dump(mode="json"), getattr(new, section).model_dump(mode="json")
         for key in before:
             if (section, key) == ("data", "root") and os.path.realpath(before[key]) == os.path.realpath(after[key]):
                 continue  # another name of the same folder
+            if (section, key) == ("optim", "epochs") and longer:
+                if extend:
+                    continue
+                raise UserError(
+                    f"{where} was written with optim.epochs={before[key]}, not {after[key]}: --resume --extend goes on "
+                    f"to the longer run's end, on its schedules; or start anew with its weights, by "
+                    f"train.init_from={where.parent} in another train.folder"
+                )
             # The decoders agree within a grey level, but for this one.
             scaled = (section, key) == ("data", "decoder") and "scaled" in (before[key], after[key])
             if (key not in free or scaled) and before[key] != after[key]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ijepa_fast import arguments, distributed
-from ijepa_fast.cli import command
+from ijepa_fast.cli import command, console
 from ijepa_fast.config import load_config
 from ijepa_fast.evaluation.probe import evenly
 from ijepa_fast.memory import memory_advice
@@ -94,7 +94,7 @@ def show_retrieval(run: Run, console: Console) -> None:
         path = config.train.folder / "retrieval.png"
         before, after = (picks[f"predictor {when}"].cpu() for when in ("before", "after"))
         retrieval_sheet(questions, before, after, config.model.patch_size, path)
-        console.print(f"picture     {path}", markup=False)
+        console.print(f"picture     {path}")
 
 
 @command
@@ -104,6 +104,6 @@ def main(argv: list[str] | None = None) -> None:
     if not config.data.root.exists():
         write_photographs(config.data.root)
     with distributed.join(config) as world, build_run(config, world) as run:
-        console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
-        if train(run, console, resume=False):
-            show_retrieval(run, console)
+        out = console(quiet=not world.is_main)
+        if train(run, out, resume=False):
+            show_retrieval(run, out)

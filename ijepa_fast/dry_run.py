@@ -1,4 +1,5 @@
 """`train --dry-run`: memory and time of two micro-batches and one update on the real data; writes nothing."""
+import contextlib
 import itertools
 import time
 
@@ -6,15 +7,29 @@ import torch
 from ijepa_kernels import ema_update_
 from rich.console import Console
 
+from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.data.loader import READ_AHEAD_BYTES
 from ijepa_fast.memory import memory_advice, peak_memory
 from ijepa_fast.optim import set_rates
+from ijepa_fast.remarks import remarks
 from ijepa_fast.run import Run
 from ijepa_fast.step import backward
+from ijepa_fast.summary import environment
+from ijepa_fast.weights.init_from import init_from
 
 
-def dry_run(run: Run, console: Console) -> None:
+def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = False) -> None:
     config, device, loader = run.config, run.world.device, run.data.loader
+    checkpoints = Checkpoints(config.train.folder, config.train.keep_last, run.world)
+    with contextlib.closing(checkpoints):
+        checkpoints.check_folder(config, resume, extend=extend)
+        if resume:
+            checkpoints.resume(run.state, console.print)
+        elif config.train.init_from is not None:
+            init_from(config.train.init_from, run.state, run.world)
+    console.print(environment(config, run.world))
+    for remark in remarks(config, run.schedule.steps_per_epoch):
+        console.print(f"note: {remark}")
     batches = loader.batches(0, 2)
     set_rates(run.state.optimizer, run.schedule, 0)
     times = [_now(device)]

@@ -5,6 +5,7 @@ has the same rows as objects of kind "step", the probes as objects of kind "prob
 objects of kind "note". All files are cut back to a checkpoint's step on resume, so a run that was interrupted reads
 like one that was not.
 """
+import contextlib
 import csv
 import json
 import os
@@ -19,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.text import Text
 
+from ijepa_fast import compat
 from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
 from ijepa_fast.flops import step_flops
@@ -82,17 +84,20 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter
 
             # purge_step hides what an interrupted run wrote from that step on: after its checkpoint, or all.
+            compat.silence_board_thread()
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step and resume_step + 1)
 
     def steps(self, rows: list[StepRow]) -> None:
         """Add one row an update; TensorBoard gets the last one."""
         if not self.active or not rows:
             return
-        for row in rows:
-            self._rows.writerow(row)
-            self._jsonl.write(json.dumps({"kind": "step", **dict(zip(COLUMNS, row, strict=True))}) + "\n")
-        self._csv.flush()
-        self._jsonl.flush()
+        with naming(self.csv_path):
+            self._rows.writerows(rows)
+            self._csv.flush()
+        with naming(self.jsonl_path):
+            for row in rows:
+                self._jsonl.write(json.dumps({"kind": "step", **dict(zip(COLUMNS, row, strict=True))}) + "\n")
+            self._jsonl.flush()
         values: dict[str, float | None] = dict(zip(COLUMNS, rows[-1], strict=True))
         for counter in ("epoch", "itr", "step"):
             del values[counter]
@@ -102,22 +107,26 @@ class RunLog:
         if not self.active:
             return
         self.probes.append({"kind": "probe", "step": step, **values})
-        self._jsonl.write(json.dumps(self.probes[-1]) + "\n")
-        self._jsonl.flush()
+        self._json_line(self.probes[-1])
         self._scalars("probe", values, step)
 
     def note(self, step: int, text: str) -> None:
         """A sentence about the run, for whoever reads the log."""
         if self.active:
-            self._jsonl.write(json.dumps({"kind": "note", "step": step, "text": text}) + "\n")
+            self._json_line({"kind": "note", "step": step, "text": text})
+
+    def _json_line(self, row: dict[str, Any]) -> None:
+        with naming(self.jsonl_path):
+            self._jsonl.write(json.dumps(row) + "\n")
             self._jsonl.flush()
 
     def _scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
         if self._board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self._board.add_scalar(f"{group}/{name}", value, step)
-            self._board.flush()
+            with naming(self.csv_path.with_name("tensorboard")):
+                for name, value in values.items():
+                    if value is not None:
+                        self._board.add_scalar(f"{group}/{name}", value, step)
+                self._board.flush()
 
     def close(self) -> None:
         if not self.active:
@@ -131,14 +140,29 @@ class RunLog:
         """Drop what lies after `step`, and a last line that a kill cut short; at step 0 all: its probe comes again."""
         for path, cut in ((self.jsonl_path, _cut_jsonl), (self.csv_path, _cut_csv)):
             if path.exists():
-                kept = cut(path.read_text().splitlines(keepends=True), step) if step else []
+                try:
+                    kept = cut(path.read_text().splitlines(keepends=True), step) if step else []
+                except (ValueError, KeyError, TypeError, RecursionError):
+                    raise UserError(
+                        f"{path} holds lines that are no rows of a log: mend it, or move it away to begin another"
+                    ) from None
                 shortened = path.with_suffix(path.suffix + ".cut")
                 shortened.write_text("".join(kept))
                 os.replace(shortened, path)
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of the operating system, which names no file when one that is open cannot be written, this one."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def _cut_jsonl(lines: list[str], step: int) -> list[str]:
-    return [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    return [line for line in lines if line.endswith("\n") and int(json.loads(line)["step"]) <= step]
 
 
 def _cut_csv(lines: list[str], step: int) -> list[str]:
@@ -154,8 +178,11 @@ def read_log(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     path = folder / "log.jsonl"
     if not path.exists():
         raise UserError(f"{folder} holds no log.jsonl; name the folder of a run (train.folder)")
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "probe"]
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        return [r for r in rows if r["kind"] == "step"], [r for r in rows if r["kind"] == "probe"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} holds lines that are no rows of a run's log") from None
 
 
 class Rates(NamedTuple):
@@ -275,6 +302,11 @@ class Bar:
                 "epoch -", completed=first_step, total=total_steps, numbers="first step ...", seconds_left=None
             )
             self._progress.start()
+
+    def say(self, text: str) -> None:
+        """Show `text` in the place of the numbers, until the next report."""
+        if self._progress is not None:
+            self._progress.update(self._task, numbers=text)
 
     def advance(self, step: int) -> None:
         if self._progress is not None:

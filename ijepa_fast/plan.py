@@ -342,6 +342,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
     if not 0 < args.mfu <= 1:
         raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
+    if args.images is not None and args.images < batch:
+        raise UserError(f"--images={args.images} is fewer than one global batch of {batch}")
     known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
     images = args.images or next(known, None)
     model, gpu = describe(config), GPUS[args.gpu]
@@ -355,7 +357,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json:
         print(json.dumps([asdict(p) for p in plans], indent=1))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     tokens = f"{model.context:.0f} context and {model.target:.0f} target tokens"
     console.print(
         f"{config.model.name}/{config.model.patch_size} at {config.data.image_size} px on {args.gpus} x {args.gpu}: "

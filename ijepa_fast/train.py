@@ -13,24 +13,29 @@ import contextlib
 import functools
 import itertools
 import math
+import os
+from typing import NoReturn
 
 import torch
 from rich.console import Console
 
 from ijepa_fast import arguments, distributed, parallel
 from ijepa_fast.checkpoint import Checkpoints
-from ijepa_fast.cli import command
-from ijepa_fast.config import load_config
+from ijepa_fast.cli import command, console
+from ijepa_fast.config import Config, load_config
 from ijepa_fast.data.bad import Account
 from ijepa_fast.dry_run import dry_run
-from ijepa_fast.errors import SharedError, UserError
+from ijepa_fast.errors import SharedError
 from ijepa_fast.evaluation.collapse import collapse_warning
 from ijepa_fast.flops import peak_flops
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import Bar, Meter, Rates, RunLog
-from ijepa_fast.preemption import StopSignal
+from ijepa_fast.optim import build_schedule
+from ijepa_fast.preemption import NoDataError, StopSignal
+from ijepa_fast.remarks import remarks
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
+from ijepa_fast.summary import environment, last_line, write_summary
 from ijepa_fast.view import draw_curves, masks_sheet, masks_title
 from ijepa_fast.weights.init_from import init_from
 
@@ -48,53 +53,69 @@ def main(argv: list[str] | None = None) -> None:
         return
     try:
         with distributed.join(config) as world:
-            # soft_wrap: a path stays on one line where output is no terminal.
-            console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True)
+            out = console(quiet=not world.is_main)
             for note in notes:
-                console.print(f"released config: {note}", markup=False)
-
-            def say(line: str) -> None:
-                console.print(line, markup=False)
-
-            with build_run(config, world, write_cache=not args.dry_run, report=say) as run:
+                out.print(f"released config: {note}")
+            with build_run(config, world, write_cache=not args.dry_run, report=out.print) as run:
                 if args.dry_run:
-                    dry_run(run, console)
+                    dry_run(run, out, resume=args.resume, extend=args.extend)
                 else:
-                    train(run, console, resume=args.resume)
-    except OSError as error:  # of log files and pictures
-        raise UserError(f"{error.filename or config.train.folder}: {error.strerror or error}") from None
+                    train(run, out, resume=args.resume, extend=args.extend)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("--resume goes on from the last checkpoint, if there is one") from None
 
 
-def train(run: Run, console: Console, *, resume: bool) -> bool:
+def train(run: Run, console: Console, *, resume: bool, extend: bool = False) -> bool:
     """From step 0, or from the latest checkpoint, to the recipe's end or a signal. Returns whether it came to the end.
+
+    `extend`: a run that is resumed may have more epochs than it was begun with.
     """
-    config, world, loader = run.config, run.world, run.data.loader
+    config, world = run.config, run.world
     index = run.data.source.index
     checkpoints = Checkpoints(config.train.folder, config.train.keep_last, world, index.fingerprint())
-    init = functools.partial(init_weights, run)
-    first = done = checkpoints.open(run.state, config, resume=resume, init=init, report=console.print)
-    account = Account(config.train.folder, len(index), config.data.max_bad_fraction)
-    account.restore(checkpoints.bad_images, first, write=world.is_main)
+    with contextlib.closing(checkpoints):
+        init = functools.partial(init_weights, run)
+        first = checkpoints.open(
+            run.state, config, resume=resume, extend=extend, init=init, report=console.print
+        )
+        account = Account(config.train.folder, len(index), config.data.max_bad_fraction)
+        account.restore(checkpoints.bad_images, first, write=world.is_main)
+        console.print(environment(config, world))
+        for remark in remarks(config, run.schedule.steps_per_epoch):
+            console.print(f"note: {remark}")
+        if checkpoints.extended is not None:
+            report_extension(checkpoints.extended, run, first, console)
+        return loop(run, checkpoints, account, first, console)
+
+
+def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, console: Console) -> bool:
+    """The updates from `first` on, with all that comes once in a while."""
+    config, world, loader = run.config, run.world, run.data.loader
+    done = saved = first
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
 
     with (
-        contextlib.closing(checkpoints),
-        contextlib.closing(StopSignal()) as stop,
+        contextlib.closing(StopSignal(checkpoints.last)) as stop,
         contextlib.closing(
             RunLog(config.train.folder, first, tensorboard=config.log.tensorboard, active=world.is_main)
         ) as log,
         contextlib.closing(Bar(console, first, total, config.optim.epochs, shown=config.log.progress)) as bar,
     ):
-        batches = loader.batches(first, total)
+        batches = stop.patient(loader.batches(first, total))
         if run.probe is not None and first == 0:
+            bar.say("first probe, of the features before training ...")
             run_probe(run, 0, log, console)
+            bar.say("first step ...")
         meter = Meter(loader.wait_s, peak)
         for step in range(first, total):
-            unread.append(update(run, step, batches))
+            try:
+                unread.append(update(run, step, batches))
+            except NoDataError as error:  # update `step` has changed nothing yet
+                if unread and world.size == 1:
+                    write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
+                leave_without_data(run, checkpoints, account, done, saved, stop, error)
             counts = unread[-1].counts
             flops = counts.flops(run.state.encoder, run.state.predictor)
             meter.add(config.optim.global_batch_size, counts.all * world.size, flops)
@@ -114,6 +135,7 @@ def train(run: Run, console: Console, *, resume: bool) -> bool:
                     run_probe(run, done, log, console)
                 if save_now:
                     checkpoints.begin(done, run.state, config, account.state())
+                    saved = done
                 meter = Meter(loader.wait_s, peak)
             if leave:
                 break
@@ -132,6 +154,32 @@ def init_weights(run: Run) -> str | None:
     """Those of train.init_from, where the config names something."""
     path = run.config.train.init_from
     return init_from(path, run.state, run.world) if path is not None else None
+
+
+def leave_without_data(
+    run: Run, checkpoints: Checkpoints, account: Account, done: int, saved: int, stop: StopSignal, error: NoDataError
+) -> NoReturn:
+    """Save, where a process can do so alone, and end without waiting for threads that hang in a read."""
+    if done > saved and run.world.size == 1:
+        check_weights(run, done)
+        checkpoints.begin(done, run.state, run.config, account.state())
+    checkpoints.wait()
+    sys.stdout.flush()
+    print(f"error: {error}, so step {done + 1} was not made; {checkpoints.last()}", file=sys.stderr, flush=True)
+    stop.requeue()
+    os._exit(2)
+
+
+def report_extension(before: Config, run: Run, step: int, console: Console) -> None:
+    """Say how the schedules go on from `step` in a run that was made longer."""
+    steps = run.schedule.steps_per_epoch
+    old, new = build_schedule(before.optim, steps), run.schedule
+    console.print(
+        f"extended from {before.optim.epochs} to {run.config.optim.epochs} epochs, {run.total_steps} steps: from step "
+        f"{step} on all schedules are those of the longer run, at this place: learning rate {old.lr(step):.3g} -> "
+        f"{new.lr(step):.3g}, weight decay {old.weight_decay(step):.3g} -> {new.weight_decay(step):.3g}, momentum "
+        f"{old.momentum(step):.6g} -> {new.momentum(step):.6g}"
+    )
 
 
 def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:
@@ -195,6 +243,11 @@ def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
     folder, batch = run.config.train.folder, next(run.data.loader.batches(0, 1))
     title = masks_title(run.config.mask, 0)
     masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)
-    console.print(f"checkpoint  {checkpoints.path(checkpoints.steps()[-1])}")
+    checkpoint = checkpoints.path(checkpoints.steps()[-1])
+    summary = write_summary(folder, run.total_steps, checkpoint)
+    console.print(f"checkpoint  {checkpoint}")
     console.print(f"curves      {draw_curves(folder)}")
     console.print(f"mask sheet  {folder / 'masks.png'}")
+    if summary is not None:
+        console.print(f"summary     {folder / 'summary.json'}")
+        console.print(last_line(summary))

@@ -26,6 +26,7 @@ from ijepa_fast.masks import Masks, MultiBlockMasks
 # ImageNet. The index knows all sizes, so this bounds the memory whatever the images are.
 READ_AHEAD_BYTES = 64 << 20
 _MOST_AHEAD = 8  # micro-batches
+_PATIENCE_S = 3.0  # for the thread to end
 
 
 class Batch(NamedTuple):
@@ -238,11 +239,14 @@ class _Producer:
         return item
 
     def close(self) -> None:
-        """Stop the thread and wait for it. It puts at most one more item, for which the emptied queue has room."""
+        """Stop the thread and wait for it. It puts at most one more item, for which the emptied queue has room.
+
+        One that hangs in a read, of a file on a dead mount, is left behind.
+        """
         self._stop.set()
         while not self._ready.empty():
             self._ready.get_nowait()
-        self._thread.join()
+        self._thread.join(_PATIENCE_S)
 
 
 class _Upload:

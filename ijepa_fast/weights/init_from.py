@@ -57,6 +57,8 @@ def _check_same_model(parts: dict[str, Weights], state: "TrainState", path: Path
                 its = f"has shape {held}" if held else "is missing"
                 ours = f"the config's has {wanted[key]}" if key in wanted else "the config's model has none"
                 raise UserError(f"{path} holds another model than the config describes: its {name}.{key} {its}, {ours}")
+            if not weights[key].isfinite().all():
+                raise UserError(f"{path} holds numbers that are not finite, in {name}.{key}: it is of no use")
 
 
 def _report(path: Path, contents: Contents) -> str:
