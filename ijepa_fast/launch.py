@@ -26,7 +26,7 @@ from ijepa_fast.errors import UserError
 try:
     import submitit
 except ImportError:  # of the extra `slurm`
-    submitit = None
+    submitit = None  # type: ignore[assignment]
 
 REQUEUES = 1000  # time limits a job may run into; a long recipe on a short queue needs many
 

@@ -30,7 +30,7 @@ def environment(config: Config, world: World) -> str:
     )
 
 
-def write_summary(folder: Path, total_steps: int, checkpoint: Path) -> dict[str, Any]:
+def write_summary(folder: Path, total_steps: int, checkpoint: Path) -> dict[str, Any] | None:
     """Write summary.json from the log: the last figures of a run, or of the part of it that is done.
 
     `seconds`: of the updates alone, over all processes in a row that made them. `probe` is the last one, None where

@@ -29,14 +29,15 @@ class _Loader(yaml.SafeLoader):
                 raise _refused(f"{key.value} is given twice, first in line {first.start_mark.line + 1}", key.start_mark)
         return super().construct_mapping(node, deep)
 
-    def construct_int(self, node: Any) -> int:
-        text = self.construct_scalar(node)
-        if len(text) > MOST_DIGITS:
-            raise _refused(f"a number of {len(text)} digits", node.start_mark)
-        return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
 
-    def construct_float(self, node: Any) -> float:
-        return float(self.construct_scalar(node).replace(".inf", "inf").replace(".nan", "nan").lower())
+def _int(loader: Any, node: yaml.ScalarNode) -> int:
+    if len(node.value) > MOST_DIGITS:
+        raise _refused(f"a number of {len(node.value)} digits", node.start_mark)
+    return int(node.value, {"0o": 8, "0x": 16}.get(node.value[:2], 10))
+
+
+def _float(loader: Any, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
 class _Dumper(yaml.SafeDumper):
@@ -59,9 +60,9 @@ for tag, pattern, first in (
 ):
     for reader_or_writer in (_Loader, _Dumper):
         reader_or_writer.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"(?:{pattern})$"), first)
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_int)
-_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_float)
-_Loader.add_constructor("tag:yaml.org,2002:timestamp", _Loader.construct_undefined)
+_Loader.add_constructor("tag:yaml.org,2002:int", _int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _float)
+del _Loader.yaml_constructors["tag:yaml.org,2002:timestamp"]  # a class has its own table once something was added
 
 
 def parse(text: str) -> Any:

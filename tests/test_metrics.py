@@ -3,6 +3,7 @@ import csv
 import itertools
 import math
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -324,3 +325,9 @@ def test_smoothed_loss_follows_a_constant_and_lags_a_step():
     assert smoothed[0] == 0
     assert all(a < b for a, b in itertools.pairwise(smoothed[:50]))
     assert math.isclose(smoothed[-1], 1, abs_tol=1e-5)
+
+
+def test_every_column_is_documented_in_its_order():
+    page = (Path(__file__).parents[1] / "docs" / "run_folder.md").read_text()
+    rows = page.split("## The columns of log.csv")[1].splitlines()
+    assert [row.split("`")[1] for row in rows if row.startswith("| `")] == list(COLUMNS)
