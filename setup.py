@@ -43,6 +43,8 @@ setup(
         "jpeg": ["simplejpeg"],  # strict decoding, for `python -m ijepa_fast.data.index --verify`
         "slurm": ["submitit"],
         "parquet": ["pyarrow"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
         "dev": [
             "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",

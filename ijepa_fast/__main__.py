@@ -19,6 +19,7 @@ COMMANDS = {  # name: module, and what it does
     "view": ("ijepa_fast.view.__main__", "draw masks, features, predictions and attention"),
     "checkpoint": ("ijepa_fast.checkpoint_cli", "show, verify and export a checkpoint"),
     "index": ("ijepa_fast.data.index_cli", "index and verify the images of a folder, tars or parquet files"),
+    "tune": ("ijepa_fast.data.tune", "how fast each decoder reads and decodes your images"),
     "convert": ("ijepa_fast.convert", "weights from and to the released code, Hugging Face, timm, safetensors"),
     "evaluate": ("ijepa_fast.evaluate", "how good features are: k-NN, linear and other probes, rank"),
     "embed": ("ijepa_fast.embed", "write the features of images, and tell which are alike"),

@@ -3,6 +3,7 @@
 A command's own module parses with the same function again, so its `main(argv)` can be called by itself.
 """
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,8 +125,13 @@ PARSERS: dict[str, Callable[[list[str] | None], argparse.Namespace]] = {
 }
 
 
+KERNELS = ("auto", "torch", "triton", "interpret")  # what IJEPA_KERNELS may say, see ijepa_kernels.dispatch
+
+
 def check(name: str, argv: list[str]) -> None:
     """Answer --help, and raise or exit for a mistake in the arguments, the config or the name of the data folder."""
+    if (mode := os.environ.get("IJEPA_KERNELS", "auto")) not in KERNELS:
+        raise UserError(f"IJEPA_KERNELS={mode} is none of {', '.join(KERNELS)}")
     parse = PARSERS.get(name)
     if parse is None:
         return  # its module alone knows its arguments

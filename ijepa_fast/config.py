@@ -183,6 +183,8 @@ class LogConfig(Section):
     probe_images: Count = 2000  # the most images a probe looks at
     progress: bool = True  # the bar; without it, or where output is no terminal, a line every `every` steps
     tensorboard: bool = True
+    wandb: bool = False  # Weights & Biases, the extra `wandb`; where to: its own environment variables
+    mlflow: bool = False  # the extra `mlflow`; into train.folder/mlruns, or where MLFLOW_TRACKING_URI says
 
 
 class Config(Section):

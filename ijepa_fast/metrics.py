@@ -10,7 +10,7 @@ import csv
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ from ijepa_fast.data.loader import Batch
 from ijepa_fast.errors import UserError
 from ijepa_fast.flops import step_flops
 from ijepa_fast.model import Predictor, VisionTransformer
+from ijepa_fast.trackers import Tracker
 
 
 class StepRow(NamedTuple):
@@ -64,8 +65,16 @@ COLUMNS = tuple(_COLUMN_NAMES.get(field, field) for field in StepRow._fields)
 class RunLog:
     """Rows of one run, in three formats, under `folder`; on ranks that are not `active` it does nothing."""
 
-    def __init__(self, folder: Path, resume_step: int, *, tensorboard: bool, active: bool = True):
-        self.active = active
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int,
+        *,
+        tensorboard: bool,
+        trackers: Sequence[Tracker] = (),
+        active: bool = True,
+    ):
+        self.active, self._trackers = active, trackers
         self.probes: list[dict[str, Any]] = []  # of the run so far
         if not active:
             return
@@ -121,16 +130,20 @@ class RunLog:
             self._jsonl.flush()
 
     def _scalars(self, group: str, values: Mapping[str, float | None], step: int) -> None:
+        known = {f"{group}/{name}": value for name, value in values.items() if value is not None}
+        for tracker in self._trackers:
+            tracker.scalars(known, step)
         if self._board is not None:
             with naming(self.csv_path.with_name("tensorboard")):
-                for name, value in values.items():
-                    if value is not None:
-                        self._board.add_scalar(f"{group}/{name}", value, step)
+                for name, value in known.items():
+                    self._board.add_scalar(name, value, step)
                 self._board.flush()
 
     def close(self) -> None:
         if not self.active:
             return
+        for tracker in self._trackers:
+            tracker.close()
         self._csv.close()
         self._jsonl.close()
         if self._board is not None:

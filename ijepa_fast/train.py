@@ -36,6 +36,7 @@ from ijepa_fast.remarks import remarks
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
 from ijepa_fast.summary import environment, last_line, write_summary
+from ijepa_fast.trackers import build_trackers, check_installed
 from ijepa_fast.view import draw_curves, masks_sheet, masks_title
 from ijepa_fast.weights.init_from import init_from
 
@@ -51,6 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.print_config:
         print(config.to_yaml(), end="")
         return
+    check_installed(config)
     try:
         with distributed.join(config) as world:
             out = console(quiet=not world.is_main)
@@ -98,9 +100,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
 
     with (
         contextlib.closing(StopSignal(checkpoints.last)) as stop,
-        contextlib.closing(
-            RunLog(config.train.folder, first, tensorboard=config.log.tensorboard, active=world.is_main)
-        ) as log,
+        contextlib.closing(open_log(config, first, world.is_main)) as log,
         contextlib.closing(Bar(console, first, total, config.optim.epochs, shown=config.log.progress)) as bar,
     ):
         batches = stop.patient(loader.batches(first, total))
@@ -154,6 +154,13 @@ def init_weights(run: Run) -> str | None:
     """Those of train.init_from, where the config names something."""
     path = run.config.train.init_from
     return init_from(path, run.state, run.world) if path is not None else None
+
+
+def open_log(config: Config, first: int, active: bool) -> RunLog:
+    trackers = build_trackers(config) if active else []
+    return RunLog(
+        config.train.folder, first, tensorboard=config.log.tensorboard, trackers=trackers, active=active
+    )
 
 
 def leave_without_data(

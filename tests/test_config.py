@@ -332,7 +332,8 @@ OTHER = {
     "train": {"folder": "elsewhere", "seed": 1, "init_from": "x", "checkpoint_every": 5, "keep_last": 1},
     "parallel": {"strategy": "ddp", "shard_size": 2, "checkpointing": "full", "compile": True, "cpu_threads": 2},
     "log": {
-        "every": 1, "probe_every": 5, "probe_images": 10, "progress": False, "tensorboard": False,
+        "every": 1, "probe_every": 5, "probe_images": 10, "progress": False, "tensorboard": False, "wandb": True,
+        "mlflow": True,
     },
 }  # fmt: skip
 # What a run may be resumed with; every key that is not named here decides what is computed.

@@ -80,6 +80,15 @@ def test_unknown_command(capsys):
     assert "there are train, demo" in capsys.readouterr().err
 
 
+def test_a_mode_of_the_kernels_that_is_none(monkeypatch, capsys):
+    from ijepa_kernels.dispatch import MODES
+
+    assert set(arguments.KERNELS) == set(MODES)
+    monkeypatch.setenv("IJEPA_KERNELS", "foo")
+    assert door.main(["train", "--config", "demo"]) == 2
+    assert capsys.readouterr().err == "error: IJEPA_KERNELS=foo is none of auto, torch, triton, interpret\n"
+
+
 def test_ctrl_c_while_importing(monkeypatch, capsys):
     def interrupted(name):
         raise KeyboardInterrupt
