@@ -19,6 +19,7 @@ from ijepa_fast.errors import UserError
 from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import read_log
 from ijepa_fast.run import build_run
+from ijepa_fast.run_folder import MARKER
 
 pytestmark = pytest.mark.long
 
@@ -48,7 +49,8 @@ def copy(finished, tmp_path):
 
 
 def snapshot(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """All files but the one that names the last process that came to write."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != MARKER}
 
 
 # --- configs that cannot be -------------------------------------------------------------------------------------------
