@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
+from ijepa_fast.splits import check_one_split
 
 GPUS = ("a100", "h100", "h200", "b200")  # of `plan`, which knows their figures
 
@@ -148,3 +149,4 @@ def check_root(config: Config) -> None:
         demo = root.name == "demo_photographs"
         hint = "; `make demo`, or `ijepa demo --config demo`, puts the photographs there" if demo else ""
         raise UserError(f"data folder {root.absolute()} does not exist{hint}")
+    check_one_split(root)

@@ -20,6 +20,7 @@ from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor
 from ijepa_fast.optim import Schedule, build_optimizer, build_schedule
 from ijepa_fast.parallel import average_gradients, materialise, parallelize
+from ijepa_fast.splits import check_one_split
 
 
 @dataclass(frozen=True)
@@ -103,10 +104,10 @@ def build_data(
 ) -> Pipeline:
     """This rank's share of the batches of data.root."""
     root = config.data.root
+    with world.raise_on_all_ranks():
+        check_one_split(root)
     index = read_index(root, config, world, write_cache, report)
     with world.raise_on_all_ranks():
-        if {"train", "val"} <= set(index.class_names):
-            raise UserError(f"data.root={root} holds both train and val; name one: data.root={root}/train")
         index = select(index, config.data)
         return build_pipeline(
             config.data,

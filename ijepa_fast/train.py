@@ -85,6 +85,8 @@ def train(run: Run, console: Console, *, resume: bool, extend: bool = False) -> 
         console.print(environment(config, world))
         for remark in remarks(config, run.schedule.steps_per_epoch):
             console.print(f"note: {remark}")
+        if run.probe is not None and run.probe.unlabelled:
+            console.print(f"note: probes measure no accuracy: {run.probe.unlabelled}")
         if checkpoints.extended is not None:
             report_extension(checkpoints.extended, run, first, console)
         return loop(run, checkpoints, account, first, console)

@@ -137,6 +137,11 @@ def test_held_out_without_a_class_of_two():
         held_out(np.array([0, 1, 2]), 10)
 
 
+def test_held_out_of_a_single_class_has_nothing_to_measure():
+    with pytest.raises(UserError, match="needs two classes, and there is one"):
+        held_out(np.zeros(10, np.int64), 10)
+
+
 class MeanColour(nn.Module):
     """An encoder of one "patch": the mean colour, centred so that cosines tell hues apart."""
 

@@ -23,9 +23,12 @@ def held_out(labels: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
     """Split a labelled set: indices of bank and of queries, int64, every class in both where it has two images.
 
     Takes at most `most` images, evenly over the set; of a set with more than `most` / 4 classes, from that many of
-    them, since one image a class would leave nothing to vote. Raises UserError where no class has two.
+    them, since one image a class would leave nothing to vote. Raises UserError where no class has two, and
+    where there is one class alone.
     """
     classes = np.unique(labels)
+    if len(classes) < 2:
+        raise UserError("a k-NN probe needs two classes, and there is one: everything would be right")
     classes = classes[evenly(len(classes), max(most // CLASS_AT_LEAST, 1))]
     chosen = np.flatnonzero(np.isin(labels, classes))
     chosen = chosen[evenly(len(chosen), most)]
@@ -68,7 +71,9 @@ class Probe:
         ids: np.ndarray,
         read_batches: Callable[[np.ndarray], Iterator[Tensor]],
         world: World,
+        unlabelled: str = "",
     ):
+        self.unlabelled = unlabelled  # why there is no accuracy to measure
         self.index, self.split, self.ids, self.read_batches, self.world = index, split, ids, read_batches, world
 
     def __call__(self, encoder: nn.Module) -> dict[str, float]:
@@ -109,9 +114,9 @@ def build_probe(
         if not index.class_names or (labels < 0).any():
             raise UserError(f"{index.root} holds no class folders, which a k-NN probe needs")
         split = held_out(labels, most)
-    except UserError:
+    except UserError as error:
         if must_have_labels:
             raise
         ids = evenly(len(index), most)
-        return Probe(index, None, ids, read_batches, world)
+        return Probe(index, None, ids, read_batches, world, unlabelled=str(error))
     return Probe(index, split, np.concatenate(split), read_batches, world)
