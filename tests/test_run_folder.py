@@ -82,6 +82,18 @@ def test_a_marker_that_says_nothing(tmp_path):
     lock.close()
 
 
+def test_the_index_never_descends_into_a_run_folder(tmp_path):
+    from ijepa_fast.data.scan import walk
+
+    for folder in ("a", "runs/demo/checkpoints", "runs/other"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "image.png").write_bytes(b"any")
+    RunLock(tmp_path / "runs/demo").close()
+    tree = walk(str(tmp_path))
+    assert [unit.paths.split(b"\0") for unit in tree.units] == [[b"a/image.png", b"runs/other/image.png"]]
+    assert tree.skipped["run folder"] == 1
+
+
 def test_a_live_run_is_not_resumed(train, copy):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != MARKER}
     lock = RunLock(copy)

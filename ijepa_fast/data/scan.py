@@ -18,8 +18,10 @@ from ijepa_fast.data import parquet, tars
 from ijepa_fast.data.formats import ImageError, More, read_header
 from ijepa_fast.data.table import FILE, FORMAT, PARQUET, RECORD, TAR, PathTable, stamp
 from ijepa_fast.errors import UserError
+from ijepa_fast.run_folder import MARKER
 
 SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MARKER = os.fsencode(MARKER)
 _SUFFIXES_BYTES = tuple(suffix.encode() for suffix in SUFFIXES)
 FILES_A_UNIT = 2048
 _HEAD = 4096  # bytes of an image that are read for its header, at first
@@ -108,7 +110,9 @@ def walk(root: str) -> Tree:
         # A folder sorts as if its name ended in a slash, so the whole walk is in the byte order of paths.
         for name, kind in sorted((name + b"/" * (kind == "folder"), kind) for name, kind in entries):
             inside = os.path.join(folder, name.rstrip(b"/"))
-            if kind == "folder":
+            if kind == "folder" and os.path.exists(os.path.join(where, inside, _MARKER)):
+                tree.skipped["run folder"] += 1  # its pictures are of images, and no images to train on
+            elif kind == "folder":
                 list_folder(inside, above | {inode})
             elif kind == "image":
                 files.append(inside)
