@@ -20,11 +20,12 @@ from ijepa_fast.weights.init_from import init_from
 
 def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = False) -> None:
     config, device, loader = run.config, run.world.device, run.data.loader
-    checkpoints = Checkpoints(config.train.folder, config.train.keep_last, run.world)
+    data = run.data.source.index.fingerprint()
+    checkpoints = Checkpoints(config.train.folder, config.train.keep_last, run.world, data)
     with contextlib.closing(checkpoints):
         checkpoints.check_folder(config, resume, extend=extend)
-        if resume:
-            checkpoints.resume(run.state, console.print)
+        if resume and (found := checkpoints.resume(run.state, console.print)):
+            console.print(f"would go on from {found[1]}")
         elif config.train.init_from is not None:
             init_from(config.train.init_from, run.state, run.world)
     console.print(environment(config, run.world))
@@ -37,7 +38,7 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
         for last in (False, True):
             batch = next(batches)
             for image in batch.bad:
-                console.print(f"bad image {image}", markup=False)
+                console.print(f"bad image {image}")
             backward(run, batch._replace(last=last), run.loss_denominator(0))
             times.append(_now(device))
         run.state.optimizer.step()

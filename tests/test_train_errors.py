@@ -330,11 +330,19 @@ def train_losses(monkeypatch, losses: list[float]) -> list[float]:
 
 
 @pytest.mark.parametrize("probe_every", ["null", "1"])
-def test_weights_that_are_not_finite_are_not_saved(probe_every, train, tmp_path):
+def test_weights_that_are_not_finite_are_not_saved(probe_every, train, tmp_path, monkeypatch):
     """A loss is that of the weights before its update: the update itself may ruin what would be saved next."""
     folder = tmp_path / "run"
-    words = (*FINISHED[:2], "train.checkpoint_every=1", "optim.start_lr=1e38", "optim.lr=1e38", "optim.warmup_epochs=0")
-    outcome = train(*words, f"train.folder={folder}", f"log.probe_every={probe_every}")
+    update = driver.update
+
+    def ruined(run, *arguments):
+        done = update(run, *arguments)
+        next(p for p in run.state.encoder.parameters() if p.requires_grad).data.fill_(float("inf"))
+        return done
+
+    monkeypatch.setattr(driver, "update", ruined)
+    words = (*FINISHED[:2], "train.checkpoint_every=1", f"log.probe_every={probe_every}")
+    outcome = train(*words, f"train.folder={folder}")
     assert outcome.error.startswith("the weights after step 1 are not finite, so the run stopped")
     for shard in folder.glob("checkpoints/*/*.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(shard).values()), shard
@@ -353,6 +361,8 @@ def test_global_batch_that_does_not_divide(tiny_config, tmp_path):
 def test_single_strategy_with_several_processes(tiny_config, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "1")
     with (
         pytest.raises(UserError, match=r"parallel\.strategy=single runs one process, but 2 were started"),
         distributed.join(load_config(tiny_config, ["parallel.strategy=single"])[0]),
@@ -385,5 +395,8 @@ def test_dry_run_tells_and_writes_nothing(micro_batch, train, photographs, tmp_p
 
 def test_dry_run_in_a_run_folder_leaves_it_alone(train, finished):
     before = snapshot(finished)
-    assert train("--dry-run", *FINISHED, f"train.folder={finished}").code == 0
+    assert f"{finished} already holds a run" in train("--dry-run", *FINISHED, f"train.folder={finished}").error
+    outcome = train("--dry-run", "--resume", *FINISHED, f"train.folder={finished}")
+    assert outcome.code == 0, outcome.err
+    assert f"would go on from {finished}/checkpoints/step_00000004\n" in outcome.out
     assert snapshot(finished) == before
