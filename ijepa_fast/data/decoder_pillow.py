@@ -93,5 +93,5 @@ def _scaled_crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
             raise ValueError(f"its {whole[0]} x {whole[1]} pixels do not hold the box {box}")
         image.draft(image.mode, (whole[0] // factor, whole[1] // factor))
         # A pixel is `factor` of the stored ones, also the last, of which the image may hold only a part.
-        part = tuple(edge / factor for edge in (left, top, left + width, top + height))
+        part = left / factor, top / factor, (left + width) / factor, (top + height) / factor
         return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=part)
