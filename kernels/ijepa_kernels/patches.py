@@ -15,6 +15,7 @@ with 16 images, on a GPU C * p * p * 3 bytes of traffic a token; it frees 1.2 kB
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -234,6 +235,10 @@ _gather_op = register(
 )
 
 
+def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # meta has none
+
+
 def _embed(
     images: Tensor,
     weight: Tensor,
@@ -245,7 +250,7 @@ def _embed(
     patches = _gather(images, indices, *rest)  # [T, K]
     weight = weight.to(patches.dtype).flatten(1)
     weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
-    with torch.autocast(images.device.type, enabled=False):  # the result has the dtype asked for, as the fake says
+    with _without_autocast(images):  # the result has the dtype asked for, as the fake says
         if pos_embed is None:
             return torch.addmm(bias.to(patches.dtype), patches, weight)
         # The matrix product accumulates onto this, which spares a pass over the result.
@@ -268,7 +273,7 @@ def _embed_backward(ctx, grad):
     if ctx.needs_input_grad[1]:
         patches = _gather_op(*ctx.saved_tensors, *ctx.arguments)
         columns = ctx.weight_shape[1:].numel()
-        with torch.autocast(grad.device.type, enabled=False):
+        with _without_autocast(grad):
             grad_weight = grad.t() @ patches
         grad_weight = grad_weight[:, :columns].to(ctx.dtypes[0]).reshape(ctx.weight_shape)
     if ctx.needs_input_grad[2]:
