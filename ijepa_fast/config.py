@@ -66,7 +66,8 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_not_one(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation: Any = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and annotation is not bool and True not in get_args(annotation):
             raise ValueError("takes neither true nor false")
         return value
 
@@ -173,7 +174,7 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
     shard_size: Count | None = None  # hsdp: ranks that share one copy of the model; left out: those of a node
     checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matrix products and attention
-    compile: bool = False  # every transformer block
+    compile: Literal[True, False, "auto"] = "auto"  # every transformer block, by torch.compile; auto: on a GPU
     cpu_threads: Threads | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
 
 

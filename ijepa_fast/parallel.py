@@ -27,7 +27,7 @@ def parallelize(model: nn.Module, config: ParallelConfig, world: World, *, train
     """
     if trained:
         checkpoint_blocks(model, config.checkpointing)
-    if config.compile:
+    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
         compile_blocks(model)
     if world.mesh is not None:
         shard(model, world.mesh)

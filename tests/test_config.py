@@ -215,6 +215,7 @@ def test_every_unknown_key_is_named_at_once(tmp_path):
         ("model.name=vit_enormous", ["model.name='vit_enormous'", "'vit_giant'"]),
         ("mask.allow_overlap=maybe", ["mask.allow_overlap='maybe'", "boolean"]),
         ("mask.views=[1]", ["mask.views=[1]", "integer"]),
+        ("parallel.compile=maybe", ["parallel.compile='maybe'", "True, False or 'auto'"]),
         ("data.root=null", ["data.root=None", "path"]),
         ("data.root=", ["data.root: is empty", "current folder"]),
         ("train.folder=~nosuchuser/x", ["train.folder: ~nosuchuser/x names the home of a user who does not exist"]),
