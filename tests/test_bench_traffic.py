@@ -1,0 +1,102 @@
+"""The counter of bytes, FLOPs and launches against counts by hand, and the command over a real config."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bench import traffic
+from bench.harness.traffic import COPY_RATE, MATMUL_RATE, Counter
+from ijepa_fast.flops import step_flops
+
+
+def counted(step, *weights):
+    with Counter(weights, {}) as counter:
+        step()
+    return counter.total(), counter.by_kind()
+
+
+def test_a_cast_a_product_and_a_sum_by_hand():
+    weight = torch.empty(64, 32, device="meta", requires_grad=True)
+    x = torch.empty(128, 32, device="meta", dtype=torch.bfloat16)
+    total, kinds = counted(lambda: (x @ weight.to(torch.bfloat16).t() + 1).sum(0), weight)
+    assert (total.weight_casts, total.launches, total.host_syncs) == (1, 4, 0)
+    assert kinds["weight cast"].other_bytes == 64 * 32 * (4 + 2)
+    assert kinds["product"].product_bytes == 2 * (128 * 32 + 64 * 32 + 128 * 64)
+    assert kinds["product"].flops == total.flops == 2 * 128 * 32 * 64
+    assert kinds["add"].other_bytes == 2 * 2 * 128 * 64
+    assert kinds["sum"].other_bytes == 2 * (128 * 64 + 64)
+    seconds = max(total.flops / MATMUL_RATE, kinds["product"].product_bytes / COPY_RATE)
+    assert kinds["product"].predicted_ms == pytest.approx(1e3 * seconds)
+
+
+def test_views_and_empty_tensors_cost_nothing_and_expanded_ones_one_row():
+    x = torch.empty(8, 16, device="meta")
+    total, _ = counted(lambda: torch.empty_like(x).view(16, 8).t()[1:].detach().unsqueeze(0).expand(5, -1, -1))
+    assert (total.launches, total.other_bytes) == (0, 0)
+    total, _ = counted(lambda: x[:1].expand(8, 16).neg())
+    assert total.other_bytes == 4 * (16 + 8 * 16)
+
+
+def test_what_a_gather_and_a_write_move():
+    x, rows = torch.empty(1000, 16, device="meta"), torch.empty(10, device="meta", dtype=torch.int64)
+    assert counted(lambda: x.index_select(0, rows))[0].other_bytes == 2 * 4 * 10 * 16 + 8 * 10
+    assert counted(lambda: x.zero_())[0].other_bytes == 4 * 1000 * 16
+    assert counted(lambda: x.mul_(2))[0].other_bytes == 2 * 4 * 1000 * 16
+
+
+def test_a_wait_of_the_host_counts():
+    x = torch.empty(8, device="meta")
+    assert counted(lambda: float(x.sum()))[0].host_syncs == 1
+
+
+def test_the_backward_counts():
+    x = torch.empty(4, 8, device="meta", requires_grad=True)
+    weight = torch.empty(8, device="meta", requires_grad=True)
+    _, kinds = counted(lambda: F.layer_norm(x, (8,), weight).backward(torch.empty(4, 8, device="meta")))
+    element = 4 * 8 * 4  # of x; its backward reads x and the gradient twice
+    statistics, weights = 2 * 4 * 4, 8 * 4
+    assert kinds["norm"].other_bytes == (2 * element + statistics + weights) + (5 * element + statistics + 2 * weights)
+    assert kinds["norm"].launches == 1 + 3
+
+
+@pytest.fixture(scope="module")
+def step(tiny_config):
+    """A step of 8 images of the tiny config: ViT-Ti and one predictor block, 36 patches."""
+    config = traffic.load(tiny_config, 8, [])
+    return config, traffic.count(config, 8)
+
+
+def test_flops_of_a_step_are_those_of_its_formula(step):
+    config, counter = step
+    masks = traffic.median_masks(config, 8)
+    state = traffic.build_state(config)
+    want = step_flops(
+        *(state.encoder.size, state.predictor.size, config.model.patch_size),
+        images=8,
+        patches=36,
+        context_lengths=masks.context.cu_seqlens.diff().numpy(),
+        target_lengths=masks.target.cu_seqlens.diff().numpy(),
+        context_of=masks.context_of.numpy(),
+    )
+    # The formula counts attention's backward as two forwards, the counter as the five products that there are: half a
+    # forward more. Attention is 4 L^2 D of a block that is 24 L D^2 and more, here with L <= 36 and D = 192.
+    assert want.total <= counter.total().flops <= 1.03 * want.total
+
+
+def test_every_part_of_a_step_is_there(step):
+    parts = step[1].by_part()
+    forward = {f"{name} forward" for name in ("target", "context", "predictor")}
+    assert set(parts) == forward | {"context backward", "predictor backward", "loss", "update"}
+    assert parts["update"].flops == 0
+    assert 1.9 < parts["context backward"].flops / parts["context forward"].flops < 2.5
+    assert step[1].total().host_syncs == 0
+
+
+def test_the_command_prints_one_object(step, tiny_config, capsys):
+    traffic.main(["--config", str(tiny_config), "--micro-batch", "8", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    total = step[1].total()
+    for name in ("other_bytes", "launches", "weight_casts", "host_syncs", "flops", "predicted_ms"):
+        assert result[name] == getattr(total, name)
+        assert sum(part[name] for part in result["parts"].values()) == pytest.approx(result[name])
