@@ -1,7 +1,9 @@
 """Fused ops for I-JEPA and its kin: one import each, on a GPU through Triton, on a CPU through PyTorch."""
 from .attention import explain_backends, varlen_attention
 from .ema import ema_update_
+from .gelu import bias_gelu
 from .loss import smooth_l1_loss
+from .norm import add_layer_norm
 from .packed import Packed
 from .patches import IMAGENET_MEAN, IMAGENET_STD, embed_patches, gather_patches
 from .predictor import predictor_tokens
@@ -13,7 +15,9 @@ __all__ = [
     "IMAGENET_STD",
     "Packed",
     "__version__",
+    "add_layer_norm",
     "apply_masks",
+    "bias_gelu",
     "ema_update_",
     "embed_patches",
     "explain_backends",

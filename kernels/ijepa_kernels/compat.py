@@ -18,6 +18,8 @@ __all__ = [
     "flash_attention_cpu_backward",
     "foreach_copy_",
     "foreach_lerp_",
+    "gelu_backward",
+    "layer_norm_backward",
     "mse_loss_backward_",
     "num_dispatch_modes",
     "smooth_l1_loss_backward_",
@@ -56,6 +58,27 @@ def assume_constant_result(function: Callable) -> Callable:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def layer_norm_backward(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of x `[T, D]`, weight and bias, `[D]`; mean and rstd `[T, 1]` are `torch.native_layer_norm`'s.
+
+    When it moves: with `z = (x - mean) * rstd` and `g = grad * weight`, `(g - g.mean(1, keepdim=True) - z * (g *
+    z).mean(1, keepdim=True)) * rstd`, `(grad * z).sum(0)` and `grad.sum(0)`.
+    """
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, x, weight.shape, mean, rstd, weight, weight, [True, True, True]
+    )
+
+
+def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x behind an exact GELU.
+
+    When it moves: `grad * (0.5 * (1 + erf(x / sqrt(2))) + x * exp(-x * x / 2) / sqrt(2 * pi))`.
+    """
+    return torch.ops.aten.gelu_backward(grad, x)
 
 
 def softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:
