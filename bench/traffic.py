@@ -33,7 +33,8 @@ from ijepa_fast.config import Config, load_config  # noqa: E402
 from ijepa_fast.data.loader import Batch  # noqa: E402
 from ijepa_fast.distributed import World  # noqa: E402
 from ijepa_fast.masks import Masks, MultiBlockMasks  # noqa: E402
-from ijepa_fast.run import Run, TrainState, draw_models  # noqa: E402
+from ijepa_fast.model import keep_copies  # noqa: E402
+from ijepa_fast.run import Ema, Run, TrainState, draw_models  # noqa: E402
 
 META = torch.device("meta")
 MODELS = {"S/16": ("vits16", 128), "B/16": ("vitb16", 128), "L/16": ("vitl16", 128), "H/14": ("vith14", 128)}
@@ -68,6 +69,8 @@ def build_state(config: Config) -> TrainState:
     with META:
         encoder, predictor = draw_models(config, torch.device("cuda"))
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    for model in (encoder, predictor, target_encoder):
+        keep_copies(model)
     optimizer = optim.build_optimizer(encoder, predictor, betas=config.optim.betas, eps=config.optim.eps)
     return TrainState(encoder, predictor, target_encoder, optimizer)
 
@@ -114,11 +117,14 @@ def count(config: Config, micro_batch: int) -> Counter:
         state=state,
         encoder=state.encoder,
         predictor=state.predictor,
-        ema=state.ema_parameters(),
+        ema=Ema(state),
         schedule=optim.build_schedule(config.optim, 100),
         probe=None,
     )
-    state.target_encoder._every_patch(images)  # made once and kept, as the optimizer's state: not the step's
+    # Made once, or by the step before: lists of all patches, the optimizer's state, copies of the target's weights.
+    state.target_encoder._every_patch(images)
+    if state.target_encoder.copies is not None:
+        state.target_encoder.copies.refresh()
     for parameter in state.trained().parameters():
         parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
     # PyTorch has the fused optimizer's shapes for the meta device, and refuses the device all the same.

@@ -24,6 +24,25 @@ def mark_dynamic(x: "Tensor") -> None:
     torch._dynamo.maybe_mark_dynamic(x, 0)
 
 
+def foreach_copy_(to: "list[Tensor]", of: "list[Tensor]") -> None:
+    """`copy_` over lists, in a few launches; casts on the way.
+
+    `torch._foreach_copy_` (torch 2.11 to 2.13). Without it: a loop over `copy_`, a launch for each tensor.
+    """
+    import torch
+
+    torch._foreach_copy_(to, of)
+
+
+def changes(x: "Tensor") -> int:
+    """How often `x` was changed in place, by which autograd notices that what it saved is no longer there.
+
+    The attribute `_version` (torch 2.11 to 2.13). Without it: a number that is new at every call, so that copies of
+    weights are made at every forward.
+    """
+    return x._version
+
+
 def silence_checkpointed_compile() -> None:
     """Compiled blocks with activation checkpointing warn, on every rank, of operations in place; ours have none.
 

@@ -4,7 +4,6 @@ import itertools
 import time
 
 import torch
-from ijepa_kernels import ema_update_
 from rich.console import Console
 
 from ijepa_fast.checkpoint import Checkpoints
@@ -42,7 +41,7 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
             backward(run, batch._replace(last=last), run.loss_denominator(0))
             times.append(_now(device))
         run.state.optimizer.step()
-        ema_update_(*run.ema, run.schedule.momentum(0))
+        run.ema(run.schedule.momentum(0))
     first, second, rest = (b - a for a, b in itertools.pairwise([*times, _now(device)]))
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.state.encoder, run.state.predictor)]
     parts, ipe = loader.micro_batches_per_step, run.schedule.steps_per_epoch

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import Packed, embed_patches, predictor_tokens, varlen_attention
+from ijepa_kernels import Packed, add_layer_norm, bias_gelu, embed_patches, predictor_tokens, varlen_attention
+from ijepa_kernels.dispatch import use_triton
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ijepa_fast import compat
+from ijepa_fast.copies import Copies, copied, copied_linear
 
 NORM_EPS = 1e-6
 INIT_STD = 0.02
@@ -46,24 +48,44 @@ class Linear(nn.Linear):
     def __init__(self, dim_in: int, dim_out: int, compute_dtype: torch.dtype):
         super().__init__(dim_in, dim_out)
         self.compute_dtype = compute_dtype
+        self.copies: tuple[Tensor, Tensor] | None = None  # of weight and bias, see `keep_copies`
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` draws every weight, and drawing a billion of them twice takes a while."""
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute_dtype
+        if self.copies is not None:
+            return copied_linear(x.to(dtype), self.weight, self.bias, *self.copies)
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The product, and the bias where it is still to be added.
+
+        On a GPU it is left to the op that reads the product, whose backward has its gradient for free. A CPU's matrix
+        product adds it for nothing, and a compiler fuses its addition.
+        """
+        if torch.compiler.is_compiling() or (x.is_cpu and not use_triton(x)):
+            return self(x), None
+        dtype = self.compute_dtype
+        if self.copies is not None:
+            return copied_linear(x.to(dtype), self.weight, None, self.copies[0], None), self.bias
+        return F.linear(x.to(dtype), self.weight.to(dtype)), self.bias
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm computed and returned in fp32 (in fp64 for an fp64 stream)."""
+    """Adds a branch to the residual stream, and normalises the sum in fp32 (in fp64 for an fp64 stream)."""
 
     def __init__(self, dim: int):
         super().__init__(dim, eps=NORM_EPS)
 
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.layer_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, branch: Tensor | None, out_dtype: torch.dtype, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The new stream, in x's dtype, and its norm in `out_dtype`; see `add_layer_norm`."""
+        return add_layer_norm(
+            x, branch, self.weight, self.bias, branch_bias=branch_bias, eps=self.eps, out_dtype=out_dtype
+        )
 
 
 class Attention(nn.Module):
@@ -73,10 +95,13 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, compute_dtype)
         self.proj = Linear(dim, dim, compute_dtype)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The branch, and a bias that is still to be added to it: see `Linear.product`."""
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
         y = varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
-        return self.proj(y if rows is None else y.index_select(0, rows))
+        return self.proj.product(y if rows is None else y.index_select(0, rows))
 
 
 class MLP(nn.Module):
@@ -86,11 +111,16 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden, bias = self.fc1.product(x)
+        return self.fc2(F.gelu(hidden) if bias is None else bias_gelu(hidden, bias))
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block over packed tokens; the encoder's and the predictor's alike."""
+    """One pre-norm transformer block over packed tokens; the encoder's and the predictor's alike.
+
+    Its last addition is left to the norm that comes next, the next block's or the model's last, which reads both terms
+    anyway: a block takes and returns the stream and the branch that is still to be added to it.
+    """
 
     def __init__(self, dim: int, num_heads: int, mlp_dim: int, compute_dtype: torch.dtype):
         super().__init__()
@@ -99,7 +129,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, compute_dtype)
         self.checkpointing = "none"  # "full" keeps the block's input for the backward, "selective" its costly results
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
 
     def compile(self) -> None:
         """Compile what `forward` computes: one graph for all blocks of a shape, whatever the number of tokens.
@@ -108,38 +138,70 @@ class Block(nn.Module):
         """
         self._compiled = torch.compile(self._checkpointed, fullgraph=True, dynamic=False)
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None) -> Tensor:
-        """The new stream of x `[T, D]`, in x's dtype; with `rows` (int64 `[R]`, distinct) only those rows, `[R, D]`.
+    def forward(
+        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """From the stream x `[T, D]` and what is to be added to it first, the same of the next block.
 
-        Every row is attended to either way: what the other rows are spared is the projection and the MLP.
+        The stream stays in x's dtype; a branch is `[T, D]` in the compute dtype, or None. With `rows` (int64 `[R]`,
+        distinct) the result is of those rows alone, `[R, D]`. Every row is attended to either way: what the other rows
+        are spared is the projection and the MLP.
         """
         if self._compiled is None:
-            return self._checkpointed(x, cu_seqlens, max_seqlen, rows)
-        for varying in (x, cu_seqlens) if rows is None else (x, cu_seqlens, rows):
-            compat.mark_dynamic(varying)  # lengths are symbols to the compiler, widths are numbers
-        return self._compiled(x, cu_seqlens, max_seqlen, rows)
+            return self._checkpointed(x, branch, cu_seqlens, max_seqlen, rows)
+        for varying in (x, branch, cu_seqlens, rows):
+            if varying is not None:
+                compat.mark_dynamic(varying)  # lengths are symbols to the compiler, widths are numbers
+        return self._compiled(x, branch, cu_seqlens, max_seqlen, rows)
 
-    def _checkpointed(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
+    def _checkpointed(
+        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, cu_seqlens, max_seqlen, rows)
+            return self._forward(x, branch, cu_seqlens, max_seqlen, rows)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.checkpointing == "selective":
             options["context_fn"] = _keep_costly
-        return checkpoint(self._forward, x, cu_seqlens, max_seqlen, rows, **options)
+        return checkpoint(self._forward, x, branch, cu_seqlens, max_seqlen, rows, **options)
 
-    def _forward(self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None) -> Tensor:
-        y = self.attn(self.norm1(x), cu_seqlens, max_seqlen, rows)
+    def _forward(
+        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dtype = self.attn.qkv.compute_dtype
+        x, y = self.norm1(x, branch, dtype)
+        y, bias = self.attn(y, cu_seqlens, max_seqlen, rows)
         if rows is not None:
             x = x.index_select(0, rows)
-        # Added first, cast after: nothing to cast in fp32 streams, where a sum of both dtypes is one kernel.
-        x = (x + y).to(x.dtype)
-        return (x + self.mlp(self.norm2(x))).to(x.dtype)
+        x, y = self.norm2(x, y, dtype, bias)
+        branch = self.mlp(y)
+        # A compiler of single blocks adds while it has the branch at hand; full checkpointing keeps what a block takes,
+        # which is then one tensor instead of two.
+        if torch.compiler.is_compiling() or self.checkpointing == "full":
+            return (x + branch).to(x.dtype), None
+        return x, branch
+
+
+# Attention by its own name, and by those of the libraries that `varlen_attention` calls.
+COSTLY = {
+    "aten::mm",
+    "aten::addmm",
+    "ijepa::varlen_attention",
+    "torch_attn::_varlen_attn",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "xformers_flash::flash_fwd",
+    "xformers::efficient_attention_forward_cutlass",
+}
 
 
 def _keep_costly():
     """Selective checkpointing: results of matrix products and attention are kept, norms, GELU and casts made again."""
-    costly = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.ijepa.varlen_attention.default]
-    return create_selective_checkpoint_contexts(costly)
+
+    def policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+        kept = op._schema.name in COSTLY
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
 
 
 class PatchEmbed(nn.Module):
@@ -150,13 +212,14 @@ class PatchEmbed(nn.Module):
         self.patch_size = patch_size
         self.compute_dtype = compute_dtype
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+        self.copies: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
         assert self.proj.bias is not None
         return embed_patches(
             images,
             packed,
-            self.proj.weight,
+            self.proj.weight if self.copies is None else copied(self.proj.weight, self.copies[0]),
             self.proj.bias,
             pos_embed,
             patch_size=self.patch_size,
@@ -180,6 +243,7 @@ class VisionTransformer(nn.Module):
             Block(size.dim, size.num_heads, size.mlp_dim, compute_dtype) for _ in range(size.depth)
         )
         self.norm = LayerNorm(size.dim)
+        self.copies: Copies | None = None
         self._dense: dict[tuple[int, torch.device], Packed] = {}
 
     def forward(self, images: Tensor, packed: Packed | None = None) -> Tensor:
@@ -188,13 +252,14 @@ class VisionTransformer(nn.Module):
         `images` are uint8 `[B, H, W, 3]`, normalised inside with ImageNet's statistics, or float `[B, 3, H, W]` taken
         as normalised. A patch attends to the patches of its own sequence.
         """
+        if self.copies is not None:
+            self.copies.refresh()
         listed = self._every_patch(images) if packed is None else packed
-        x = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype)
+        x, branch = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype), None
         for block in self.blocks:
-            x = block(x, listed.cu_seqlens, listed.max_seqlen)
-        x = self.norm(x)
+            x, branch = block(x, branch, listed.cu_seqlens, listed.max_seqlen)
+        _, x = self.norm(x, branch, torch.promote_types(x.dtype, torch.float32))
         return x.view(len(images), self.grid**2, -1) if packed is None else x
-
 
     def _every_patch(self, images: Tensor) -> Packed:
         """`Packed.dense` of a batch, kept on the device for the next batch of that size."""
@@ -231,6 +296,7 @@ class Predictor(nn.Module):
         )
         self.predictor_norm = LayerNorm(size.dim)
         self.predictor_proj = Linear(size.dim, encoder_dim, compute_dtype)
+        self.copies: Copies | None = None
 
     def forward(self, tokens: Tensor, context: Packed, target: Packed, context_of: Tensor | None = None) -> Tensor:
         """Predicted features at the target patches, `[T_tgt, D_enc]` in the compute dtype, rows in target's order.
@@ -239,17 +305,20 @@ class Predictor(nn.Module):
         from the context sequence `context_of` (int32 `[S_tgt]`) names; without it an image has one context, and image
         numbers match them.
         """
+        if self.copies is not None:
+            self.copies.refresh()
         x = self.predictor_embed(tokens).to(self.residual_dtype)
         x, cu_seqlens, mask_rows = predictor_tokens(
             x, self.mask_token, self.predictor_pos_embed, context, target, context_of
         )
         max_seqlen = context.max_seqlen + target.max_seqlen
+        branch = None
         *blocks, last = self.predictor_blocks
         for block in blocks:
-            x = block(x, cu_seqlens, max_seqlen)
+            x, branch = block(x, branch, cu_seqlens, max_seqlen)
         # Only the mask tokens are read from here on: the last block finishes two thirds fewer rows.
-        x = last(x, cu_seqlens, max_seqlen, mask_rows)
-        return self.predictor_proj(self.predictor_norm(x))
+        x, branch = last(x, branch, cu_seqlens, max_seqlen, mask_rows)
+        return self.predictor_proj(self.predictor_norm(x, branch, self.predictor_proj.compute_dtype)[1])
 
 
 def build_encoder(
@@ -286,6 +355,20 @@ def build_predictor(encoder: VisionTransformer, depth: int, dim: int) -> Predict
     predictor = Predictor(encoder.size.dim, size, encoder.grid, encoder.compute_dtype, encoder.residual_dtype)
     init_weights(predictor)
     return predictor
+
+
+def keep_copies(model: VisionTransformer | Predictor) -> None:
+    """From now on matrix products read copies of the weights in the compute dtype, where that is not the weights' own.
+
+    For whole parameters that stay where they are; FSDP, which gathers its shards in that dtype, needs none.
+    """
+    layers = [part for part in model.modules() if isinstance(part, Linear | PatchEmbed)]
+    layers = [layer for layer in layers if layer.compute_dtype != next(layer.parameters()).dtype]
+    if layers:
+        model.copies = Copies([p for layer in layers for p in layer.parameters()], layers[0].compute_dtype)
+        for layer in layers:
+            weight, bias = layer.parameters()
+            layer.copies = model.copies[weight], model.copies[bias]
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:

@@ -172,7 +172,7 @@ def memory(
         # Two neighbouring blocks are whole at a time, one being used and one being fetched.
         copies = 2 * compute * model.block_parameters + 2 * 4 * model.block_parameters  # and their gradients, in fp32
     else:
-        copies = (compute if compute < 4 else 0) * model.trained  # casts that the backward needs again
+        copies = (compute if compute < 4 else 0) * (model.trained + model.encoder_parameters)  # the target's too
     activations = (
         micro_batch * model.context * _kept(model.encoder, checkpointing, compute, residual)
         + micro_batch * model.predicted_from * _kept(model.predictor, checkpointing, compute, residual)

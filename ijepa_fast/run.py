@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ijepa_kernels import ema_update_
 from torch import Tensor, nn
 
 from ijepa_fast.config import Config
@@ -17,7 +18,7 @@ from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluation.probe import Probe, build_probe
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor
+from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor, keep_copies
 from ijepa_fast.optim import Schedule, build_optimizer, build_schedule
 from ijepa_fast.parallel import average_gradients, materialise, parallelize
 from ijepa_fast.splits import check_one_split
@@ -39,11 +40,22 @@ class TrainState:
         """What the optimizer steps; its parameter names key the optimizer's state."""
         return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
 
-    def ema_parameters(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Parameters of the target encoder and those that they follow; frozen positions stay as they are."""
-        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
-        targets, sources = zip(*((target, source) for target, source in pairs if source.requires_grad), strict=True)
-        return list(targets), list(sources)
+
+class Ema:
+    """The target encoder's step after the context encoder, and that of the copies of its weights."""
+
+    def __init__(self, state: TrainState):
+        pairs = zip(state.target_encoder.parameters(), state.encoder.parameters(), strict=True)
+        moving = [(target, source) for target, source in pairs if source.requires_grad]  # not the frozen positions
+        self._targets: list[Tensor] = [target for target, _ in moving]
+        self._sources: list[Tensor] = [source for _, source in moving]
+        self._copies = state.target_encoder.copies
+        self._low = None if self._copies is None else self._copies.of(self._targets)
+
+    def __call__(self, momentum: float) -> None:
+        ema_update_(self._targets, self._sources, momentum, low_precision=self._low)
+        if self._copies is not None:
+            self._copies.mark_fresh()
 
 
 class Run(NamedTuple):
@@ -54,7 +66,7 @@ class Run(NamedTuple):
     state: TrainState
     encoder: nn.Module  # for the loss: the state's modules, under DDP in a wrapper that averages gradients
     predictor: nn.Module
-    ema: tuple[list[Tensor], list[Tensor]]  # target, source
+    ema: Ema
     schedule: Schedule
     probe: Probe | None
 
@@ -82,7 +94,7 @@ def build_run(
         data = stack.enter_context(build_data(config, world, masks, write_cache, report))
         state = build_state(config, world)
         encoder, predictor = average_gradients(state.encoder, world), average_gradients(state.predictor, world)
-        ema = state.ema_parameters()
+        ema = Ema(state)
         schedule = build_schedule(config.optim, data.sampler.steps_per_epoch)
         probe = stack.enter_context(open_probe(config, world, data, write_cache, report))
         yield Run(config, world, masks, data, state, encoder, predictor, ema, schedule, probe)
@@ -148,6 +160,8 @@ def build_state(config: Config, world: World) -> TrainState:
     for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
         parallelize(model, config.parallel, world, trained=model is not target_encoder)
         materialise(model, weights, world)
+        if world.mesh is None:
+            keep_copies(model)
     optimizer = build_optimizer(encoder, predictor, betas=config.optim.betas, eps=config.optim.eps)
     return TrainState(encoder, predictor, target_encoder, optimizer)
 

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-from ijepa_kernels import ema_update_
 from torch import Tensor
 
 from ijepa_fast.data.bad import BadImage
@@ -57,7 +56,7 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
             bad += batch.bad
         run.state.optimizer.step()
         run.state.optimizer.zero_grad(set_to_none=True)
-        ema_update_(*run.ema, momentum)
+        run.ema(momentum)
     return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 
 

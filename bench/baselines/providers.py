@@ -6,7 +6,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from ijepa_kernels import ema_update_
 from torch import Tensor
 
 from bench.baselines.released import Released
@@ -15,9 +14,10 @@ from bench.baselines.straight import StraightEncoder, StraightPredictor, straigh
 from bench.baselines.tuned import TunedEncoder, TunedPredictor, compile_blocks, tuned_ema, tuned_loss
 from bench.harness.compare import NotRun
 from bench.harness.workload import Setup
-from ijepa_fast.model import Block
+from ijepa_fast.model import Block, keep_copies
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import build_optimizer
+from ijepa_fast.run import Ema, TrainState
 
 
 class Ours(Provider):
@@ -34,11 +34,12 @@ class Ours(Provider):
             for block in (part for module in modules for part in module.modules() if isinstance(part, Block)):
                 block.compile()
         self.encoder, self.predictor, self.target_encoder = modules
+        for module in modules:
+            keep_copies(module)
         self.optimizer = build_optimizer(self.encoder, self.predictor)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = self.lr, self.weight_decay if group["decay"] else 0.0
-        pairs = zip(self.target_encoder.parameters(), self.encoder.parameters(), strict=True)
-        self.pairs = [list(side) for side in zip(*((t, s) for t, s in pairs if s.requires_grad), strict=True)]
+        self.ema = Ema(TrainState(self.encoder, self.predictor, self.target_encoder, self.optimizer))
         self.ready()
 
     def loss(self) -> Tensor:
@@ -47,7 +48,7 @@ class Ours(Provider):
     def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        ema_update_(*self.pairs, self.momentum)
+        self.ema(self.momentum)
 
     def inputs(self) -> list[Tensor]:
         context, target, context_of = self.setup.masks

@@ -14,7 +14,7 @@ from typing import Any
 
 import ijepa_kernels  # noqa: F401  (registers the ops that are named below)
 import torch
-from ijepa_kernels import patches
+from ijepa_kernels import gelu, norm, patches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -35,9 +35,11 @@ KINDS = {
     "loss": ("smooth_l1_loss",),
     "optimizer": ("_fused_adamw_", "_foreach_add_", "adamw_ema_"),
     "ema": ("ema_update_",),
+    "copies of weights": ("_foreach_copy_",),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
-WRITE_ONLY = {"copy_", "zero_", "fill_"}  # do not read what they write
+WRITE_ONLY = {("copy_", "self"), ("zero_", "self"), ("fill_", "self"), ("_foreach_copy_", "self")}
+WRITE_ONLY |= {("ema_update_", "low_precision")}  # arguments that are written and not read
 NOT_WRITTEN = {("_fused_adamw_", "grads")}  # though the schema says so: only where gradients are unscaled on the way
 HOST_SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 # Operators that are several kernels: the layer norm's backward reads both its inputs again for weight and bias, whose
@@ -50,8 +52,13 @@ LAUNCHES = {
     "add_layer_norm_backward": 2,
     "bias_gelu_backward": 2,
 }
+# Partial sums, fp32, that the first of two kernels writes and the second reads: as many rows as there are programs.
+PARTIAL_SUMS = {
+    "add_layer_norm_backward": lambda results: norm.BACKWARD_PROGRAMS * results[2].numel(),
+    "bias_gelu_backward": lambda results: gelu.BACKWARD_PROGRAMS * results[1].numel() // gelu.blocks_of(results[0]),
+}
 # A multi-tensor launch takes 320 chunks of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
-CHUNKED = {"_fused_adamw_", "_foreach_add_"}
+CHUNKED = {"_fused_adamw_", "_foreach_add_", "_foreach_copy_"}
 INSIDE = {ijepa.embed_patches.default: patches._embed}  # made of other operators, all of which are counted
 
 
@@ -185,7 +192,9 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         written = written and (name, argument.name) not in NOT_WRITTEN
         if written:
             aliases.update(map(id, tensors))
-        moved += sum(map(_bytes, tensors)) * (2 if written and name not in WRITE_ONLY else 1)
+        moved += sum(map(_bytes, tensors)) * (2 if written and (name, argument.name) not in WRITE_ONLY else 1)
+    if name in PARTIAL_SUMS:
+        moved += 2 * 4 * PARTIAL_SUMS[name](results)
     if name == "native_layer_norm_backward":
         moved += _bytes(args[0]) + _bytes(args[1])
     return moved + sum(_bytes(x) for x in results if id(x) not in aliases)

@@ -29,13 +29,14 @@ def attention_maps(encoder: VisionTransformer, images: Tensor, layer: int, patch
     softmax(q k / sqrt(head_dim)), rows sum to 1. `images` as the encoder takes them.
     """
     packed = Packed.dense(len(images), encoder.grid**2, device=images.device)
-    x = encoder.patch_embed(images, packed, encoder.pos_embed).to(encoder.residual_dtype)
+    x, branch = encoder.patch_embed(images, packed, encoder.pos_embed).to(encoder.residual_dtype), None
     blocks = list(encoder.blocks)
     for block in blocks[: layer % len(blocks)]:
-        x = block(x, packed.cu_seqlens, packed.max_seqlen)
+        x, branch = block(x, branch, packed.cu_seqlens, packed.max_seqlen)
     block = cast(Block, blocks[layer])
     heads = block.attn.num_heads
-    q, k, _ = block.attn.qkv(block.norm1(x)).float().view(len(images), -1, 3, heads, x.shape[1] // heads).unbind(2)
+    _, normed = block.norm1(x, branch, encoder.compute_dtype)
+    q, k, _ = block.attn.qkv(normed).float().view(len(images), -1, 3, heads, x.shape[1] // heads).unbind(2)
     return torch.einsum("bhd,bnhd->bhn", q[:, patch] * q.shape[-1] ** -0.5, k).softmax(-1)
 
 

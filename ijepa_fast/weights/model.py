@@ -148,12 +148,13 @@ def last_blocks(encoder: VisionTransformer, images: Tensor, layers: int) -> list
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
     grid = height // encoder.patch_size, width // encoder.patch_size
     packed = Packed.dense(len(images), grid[0] * grid[1], device=images.device)
-    x = encoder.patch_embed(images, packed, positions(encoder, grid)).to(encoder.residual_dtype)
+    x, branch = encoder.patch_embed(images, packed, positions(encoder, grid)).to(encoder.residual_dtype), None
     outputs = []
     for number, block in enumerate(encoder.blocks, start=1):
-        x = block(x, packed.cu_seqlens, packed.max_seqlen)
+        x, branch = block(x, branch, packed.cu_seqlens, packed.max_seqlen)
         if number > len(encoder.blocks) - layers:
-            outputs.append(encoder.norm(x).view(len(images), grid[0] * grid[1], -1))
+            _, normed = encoder.norm(x, branch, torch.float32)
+            outputs.append(normed.view(len(images), grid[0] * grid[1], -1))
     return outputs
 
 

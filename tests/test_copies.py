@@ -1,0 +1,103 @@
+"""Copies of weights in the dtype of the matrix products: the same numbers, never stale, never saved."""
+import pytest
+import torch
+from test_model import ragged, small_encoder
+
+from ijepa_fast import compat
+from ijepa_fast.model import build_predictor, keep_copies
+from ijepa_fast.run import Ema, TrainState
+
+CONTEXT, TARGET = ragged([20, 9], [0, 1]), ragged([4, 5], [0, 1])
+IMAGES = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+
+
+def models(copies: bool):
+    encoder = small_encoder(compute_dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    predictor = build_predictor(encoder, depth=2, dim=48)
+    for model in (encoder, predictor) if copies else ():
+        keep_copies(model)
+    return encoder, predictor
+
+
+def gradients(encoder, predictor):
+    predicted = predictor(encoder(IMAGES, CONTEXT), CONTEXT, TARGET)
+    predicted.float().square().sum().backward()
+    grads = {}
+    for model in (encoder, predictor):
+        grads |= {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+        model.zero_grad()
+    return predicted.detach(), grads
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return gradients(*models(copies=False))
+
+
+def assert_same(results, plain):
+    assert torch.equal(results[0], plain[0])
+    for name, grad in results[1].items():
+        assert grad.dtype == torch.float32
+        # The same products; a bias sums in fp32 what PyTorch rounds to bf16, which has 8 bits.
+        bias = name.endswith("bias") and "norm" not in name
+        largest = float(plain[1][name].abs().max())
+        torch.testing.assert_close(grad, plain[1][name], rtol=2**-8 if bias else 0, atol=1e-6 * largest)
+
+
+def test_the_products_are_those_of_cast_weights(plain):
+    assert_same(gradients(*models(copies=True)), plain)
+
+
+@pytest.mark.long  # compiles
+def test_compiled_blocks_take_them_too(plain, monkeypatch):
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
+    encoder, predictor = models(copies=True)
+    for model, blocks in ((encoder, encoder.blocks), (predictor, predictor.predictor_blocks)):
+        for block in blocks:
+            block.compile()
+        assert model.copies is not None
+    assert_same(gradients(encoder, predictor), plain)
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_rounded_again_and_no_other(monkeypatch):
+    encoder = models(copies=True)[0]
+    before, rounded = encoder(IMAGES, CONTEXT), []
+    copy_ = compat.foreach_copy_
+    monkeypatch.setattr(compat, "foreach_copy_", lambda to, of: rounded.append(len(to)) or copy_(to, of))
+    assert torch.equal(encoder(IMAGES, CONTEXT), before)
+    assert rounded == []
+    encoder.blocks[1].mlp.fc2.weight.mul_(1.5)
+    encoder.blocks[0].norm1.weight.mul_(1.5)  # has no copy
+    assert not torch.equal(encoder(IMAGES, CONTEXT), before)
+    assert rounded == [1]
+    encoder.load_state_dict(models(copies=False)[0].state_dict())
+    assert torch.equal(encoder(IMAGES, CONTEXT), before)
+
+
+def test_the_average_writes_the_target_encoder_s(monkeypatch):
+    encoder, predictor = models(copies=True)
+    target = small_encoder(compute_dtype=torch.bfloat16).requires_grad_(False)
+    keep_copies(target)
+    ema = Ema(TrainState(encoder, predictor, target, None))
+    with torch.no_grad():
+        target(IMAGES)
+        for parameter in encoder.parameters():
+            parameter.add_(1)
+    ema(0.5)
+    monkeypatch.setattr(compat, "foreach_copy_", None)  # nothing is left to round
+    with torch.no_grad():
+        target(IMAGES)
+    assert len(target.copies.weights) == 2 * (1 + 4 * 2)  # patch embedding, and four layers in each of two blocks
+    for weight, copy in zip(target.copies.weights, target.copies.copies, strict=True):
+        assert torch.equal(weight.to(torch.bfloat16), copy)
+
+
+def test_they_are_no_part_of_the_state():
+    with_copies, without = (models(copies)[0] for copies in (True, False))
+    assert with_copies.state_dict().keys() == without.state_dict().keys()
+    exact = small_encoder()
+    keep_copies(exact)
+    assert exact.copies is None  # the weights are in the products' dtype already
