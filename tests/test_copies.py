@@ -5,6 +5,7 @@ from test_model import ragged, small_encoder
 
 from ijepa_fast import compat
 from ijepa_fast.model import build_predictor, keep_copies
+from ijepa_fast.optim import build_optimizer
 from ijepa_fast.run import Ema, TrainState
 
 CONTEXT, TARGET = ragged([20, 9], [0, 1]), ragged([4, 5], [0, 1])
@@ -52,7 +53,7 @@ def test_the_products_are_those_of_cast_weights(plain):
 @pytest.mark.long  # compiles
 def test_compiled_blocks_take_them_too(plain, monkeypatch):
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile_(function, backend="aot_eager", **options))
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_(f, backend="aot_eager", **options))
     encoder, predictor = models(copies=True)
     for model, blocks in ((encoder, encoder.blocks), (predictor, predictor.predictor_blocks)):
         for block in blocks:
@@ -75,6 +76,21 @@ def test_a_changed_weight_is_rounded_again_and_no_other(monkeypatch):
     assert rounded == [1]
     encoder.load_state_dict(models(copies=False)[0].state_dict())
     assert torch.equal(encoder(IMAGES, CONTEXT), before)
+
+
+def test_an_update_is_seen():
+    """PyTorch's fused AdamW changes weights without counting it."""
+    encoder, predictor = models(copies=True)
+    optimizer = build_optimizer(encoder, predictor)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    predictor(encoder(IMAGES, CONTEXT), CONTEXT, TARGET).float().square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        predictor(encoder(IMAGES, CONTEXT), CONTEXT, TARGET)
+    for copies in (encoder.copies, predictor.copies):
+        for weight, copy in zip(copies.weights, copies.copies, strict=True):
+            assert torch.equal(weight.to(torch.bfloat16), copy)
 
 
 def test_the_average_writes_the_target_encoder_s(monkeypatch):
