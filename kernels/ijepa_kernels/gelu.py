@@ -26,8 +26,8 @@ from .registration import is_plain_eager, register
 from .shipped import Shipped
 
 DTYPES = (*FLOATS, torch.float64)  # the last on a CPU alone
-# Of a tile of at most 1,024 columns: 32 elements a thread, 16 in the backward, which holds sums too. Not measured yet.
-ROWS, BACKWARD_ROWS, NUM_WARPS = 4, 2, 4
+# Elements of a tile, of at most 1,024 columns; fewer in the backward, which holds sums too. Not measured yet.
+TILE, BACKWARD_TILE, WIDE_BACKWARD_TILE, NUM_WARPS = 4096, 2048, 1024, 4  # wide: in fp32, where 2,048 spill on sm_100
 BACKWARD_PROGRAMS = 1056  # eight on each of the 132 multiprocessors of an H100
 
 
@@ -35,6 +35,10 @@ def _block(dim: int) -> int:
     """Columns of a tile: a power of two that divides the width where there is one, so that no lane idles."""
     divisor = dim & -dim
     return min(divisor, 1024) if divisor >= 128 else min(triton.next_power_of_2(dim), 1024)
+
+
+def _backward_rows(dim: int, dtype: torch.dtype) -> int:
+    return (WIDE_BACKWARD_TILE if dtype == torch.float32 else BACKWARD_TILE) // _block(dim)
 
 
 def blocks_of(x: Tensor) -> int:
@@ -128,16 +132,17 @@ def shipped() -> list[Shipped]:
     rows = []
     table = [(dim, "bf16", True) for dim in (768, 1536, 3072, 4096, 5120, 6144)]
     for dim, dtype, with_bias in (*table, (5120, "fp32", True), (5120, "bf16", False)):
-        tile = dict(DIM=dim, BLOCK=_block(dim), ROWS=ROWS)
+        tile = dict(DIM=dim, BLOCK=_block(dim), ROWS=TILE // _block(dim))
         bias, absent = ({"bias_ptr": "fp32"}, {}) if with_bias else ({}, {"bias_ptr": None})
         types = dict(x_ptr=dtype, out_ptr=dtype) | bias
         rows.append(Shipped(_bias_gelu_fwd_kernel, types, tile | absent, NUM_WARPS))
         types = dict(grad_ptr=dtype, x_ptr=dtype, grad_x_ptr=dtype) | bias
+        rows_back = _backward_rows(dim, torch.float32 if dtype == "fp32" else torch.bfloat16)
         if with_bias:
             types["partial_ptr"] = "fp32"
         else:
             absent["partial_ptr"] = None
-        rows.append(Shipped(_bias_gelu_bwd_kernel, types, tile | {"ROWS": BACKWARD_ROWS} | absent, NUM_WARPS))
+        rows.append(Shipped(_bias_gelu_bwd_kernel, types, tile | {"ROWS": rows_back} | absent, NUM_WARPS))
     return rows
 
 
@@ -147,10 +152,11 @@ def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         bias = None if bias is None else bias.contiguous()
-        grid = (triton.cdiv(num_rows, ROWS) * blocks_of(x),)
+        rows = TILE // block
+        grid = (triton.cdiv(num_rows, rows) * blocks_of(x),)
         with torch.cuda.device_of(x):
             _bias_gelu_fwd_kernel[grid](
-                x.contiguous(), bias, out, num_rows, DIM=dim, BLOCK=block, ROWS=ROWS, num_warps=NUM_WARPS
+                x.contiguous(), bias, out, num_rows, DIM=dim, BLOCK=block, ROWS=rows, num_warps=NUM_WARPS
             )
     return out
 
@@ -158,8 +164,8 @@ def _launch_forward(x: Tensor, bias: Tensor | None) -> Tensor:
 def _launch_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     num_rows, dim = x.shape
     block = _block(dim)
-    blocks = blocks_of(x)
-    shares = min(triton.cdiv(num_rows, BACKWARD_ROWS), max(1, BACKWARD_PROGRAMS // blocks))
+    blocks, rows = blocks_of(x), _backward_rows(dim, x.dtype)
+    shares = min(triton.cdiv(num_rows, rows), max(1, BACKWARD_PROGRAMS // blocks))
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partial = None
     if bias is not None:
@@ -170,7 +176,7 @@ def _launch_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tens
                 *(grad.contiguous(), x.contiguous(), bias, grad_x, partial, num_rows),
                 DIM=dim,
                 BLOCK=block,
-                ROWS=BACKWARD_ROWS,
+                ROWS=rows,
                 num_warps=NUM_WARPS,
             )
     return grad_x, x.new_empty(0) if partial is None else partial.sum(0)
