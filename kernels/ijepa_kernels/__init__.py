@@ -1,4 +1,5 @@
 """Fused ops for I-JEPA and its kin: one import each, on a GPU through Triton, on a CPU through PyTorch."""
+from .adamw import AdamWEMA
 from .attention import explain_backends, varlen_attention
 from .ema import ema_update_
 from .gelu import bias_gelu
@@ -13,6 +14,7 @@ from .version import __version__
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AdamWEMA",
     "Packed",
     "__version__",
     "add_layer_norm",

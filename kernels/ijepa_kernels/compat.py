@@ -16,6 +16,7 @@ __all__ = [
     "assume_constant_result",
     "flash_attention_cpu",
     "flash_attention_cpu_backward",
+    "foreach_add_",
     "foreach_copy_",
     "foreach_lerp_",
     "gelu_backward",
@@ -47,6 +48,7 @@ flash_attention_cpu_backward = torch.ops.aten._scaled_dot_product_flash_attentio
 # When they move: `ema.ema_update_ref`, a loop, computes the same.
 foreach_lerp_ = torch._foreach_lerp_
 foreach_copy_ = torch._foreach_copy_
+foreach_add_ = torch._foreach_add_  # when it moves: a loop over `add_`
 
 _SUM = 2  # the reduction "sum" in ATen's numbering: at::Reduction in ATen/core/Reduction.h
 
