@@ -12,7 +12,7 @@ import argparse
 import copy
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,17 +24,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from ijepa_kernels import AdamWEMA  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from bench.harness.machine import commit  # noqa: E402
-from bench.harness.traffic import Counter, Tally  # noqa: E402
+from bench.harness.traffic import Counter, Tally, nbytes  # noqa: E402
 from ijepa_fast import optim, step  # noqa: E402
 from ijepa_fast.config import Config, load_config  # noqa: E402
 from ijepa_fast.data.loader import Batch  # noqa: E402
 from ijepa_fast.distributed import World  # noqa: E402
 from ijepa_fast.masks import Masks, MultiBlockMasks  # noqa: E402
 from ijepa_fast.model import keep_copies  # noqa: E402
-from ijepa_fast.run import Ema, Run, TrainState, draw_models  # noqa: E402
+from ijepa_fast.run import Run, TrainState, draw_models  # noqa: E402
 
 META = torch.device("meta")
 MODELS = {"S/16": ("vits16", 128), "B/16": ("vitb16", 128), "L/16": ("vitl16", 128), "H/14": ("vith14", 128)}
@@ -71,8 +72,28 @@ def build_state(config: Config) -> TrainState:
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
     for model in (encoder, predictor, target_encoder):
         keep_copies(model)
-    optimizer = optim.build_optimizer(encoder, predictor, betas=config.optim.betas, eps=config.optim.eps)
-    return TrainState(encoder, predictor, target_encoder, optimizer)
+    return TrainState(encoder, predictor, target_encoder, optim.build_optimizer(encoder, predictor, target_encoder))
+
+
+def count_update(counter: Counter) -> Callable[..., None]:
+    """What takes the place of `AdamWEMA.step`, whose kernel finds its tensors by their addresses.
+
+    It reads and writes weight and moments once, reads the gradient, reads and writes a target, writes copies.
+    """
+
+    def step(optimizer: AdamWEMA, *_: Any, **__: Any) -> None:
+        counter.part, moved, kinds = "update", 0, set()
+        for i, group in enumerate(optimizer.param_groups):
+            for p in group["params"]:
+                target = optimizer.targets.get(p)
+                low = [optimizer.copies[x] for x in (p, target) if x in optimizer.copies]
+                moved += 7 * nbytes(p) + (0 if target is None else 2 * nbytes(target)) + sum(map(nbytes, low))
+                kinds.add((i, target is None, len(low)))
+        steps = [torch.empty((), device=META) for group in optimizer.param_groups for p in group["params"]]
+        counter.add("optimizer", Tally(other_bytes=moved, launches=len(kinds) + 1))  # and the addresses of gradients
+        torch._foreach_add_(steps, 1)
+
+    return step
 
 
 class Marks:
@@ -83,7 +104,6 @@ class Marks:
         self.watch(state.target_encoder, "target", None)
         self.watch(state.encoder, "context", "context backward")
         self.watch(state.predictor, "predictor", "predictor backward")
-        state.optimizer.register_step_pre_hook(lambda *_: self.enter("update"))
 
     def enter(self, part: str) -> None:
         self.counter.part = part
@@ -117,23 +137,16 @@ def count(config: Config, micro_batch: int) -> Counter:
         state=state,
         encoder=state.encoder,
         predictor=state.predictor,
-        ema=Ema(state),
         schedule=optim.build_schedule(config.optim, 100),
         probe=None,
     )
-    # Made once, or by the step before: lists of all patches, the optimizer's state, copies of the target's weights.
-    state.target_encoder._every_patch(images)
-    if state.target_encoder.copies is not None:
-        state.target_encoder.copies.refresh()
-    for parameter in state.trained().parameters():
-        parameter.grad = torch.empty_like(parameter) if parameter.requires_grad else None
-    # PyTorch has the fused optimizer's shapes for the meta device, and refuses the device all the same.
-    with mock.patch("torch.optim.optimizer._get_fused_kernels_supported_devices", return_value=["meta"]):
-        state.optimizer.step()
-        state.optimizer.zero_grad()
-        counter.part = "loss"
-        with counter:
-            step.update(run, 0, iter([batch]))
+    state.target_encoder._every_patch(images)  # made once, as the copies below; each update writes those anew
+    for model in (state.encoder, state.predictor, state.target_encoder):
+        if model.copies is not None:
+            model.copies.refresh()
+    counter.part = "loss"
+    with mock.patch.object(AdamWEMA, "step", count_update(counter)), counter:
+        step.update(run, 0, iter([batch]))
     return counter
 
 

@@ -40,8 +40,7 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
                 console.print(f"bad image {image}")
             backward(run, batch._replace(last=last), run.loss_denominator(0))
             times.append(_now(device))
-        run.state.optimizer.step()
-        run.ema(run.schedule.momentum(0))
+        run.state.update(run.schedule.momentum(0))
     first, second, rest = (b - a for a, b in itertools.pairwise([*times, _now(device)]))
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.state.encoder, run.state.predictor)]
     parts, ipe = loader.micro_batches_per_step, run.schedule.steps_per_epoch

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from ijepa_kernels import ema_update_
-from torch import Tensor, nn
+from ijepa_kernels import AdamWEMA
+from torch import nn
 
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import Index, build_index
@@ -31,7 +31,7 @@ class TrainState:
     encoder: VisionTransformer
     predictor: Predictor
     target_encoder: VisionTransformer
-    optimizer: torch.optim.Optimizer
+    optimizer: AdamWEMA
 
     def weights(self) -> dict[str, Any]:
         return {name: getattr(self, name).state_dict() for name in ("encoder", "predictor", "target_encoder")}
@@ -40,22 +40,13 @@ class TrainState:
         """What the optimizer steps; its parameter names key the optimizer's state."""
         return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
 
-
-class Ema:
-    """The target encoder's step after the context encoder, and that of the copies of its weights."""
-
-    def __init__(self, state: TrainState):
-        pairs = zip(state.target_encoder.parameters(), state.encoder.parameters(), strict=True)
-        moving = [(target, source) for target, source in pairs if source.requires_grad]  # not the frozen positions
-        self._targets: list[Tensor] = [target for target, _ in moving]
-        self._sources: list[Tensor] = [source for _, source in moving]
-        self._copies = state.target_encoder.copies
-        self._low = None if self._copies is None else self._copies.of(self._targets)
-
-    def __call__(self, momentum: float) -> None:
-        ema_update_(self._targets, self._sources, momentum, low_precision=self._low)
-        if self._copies is not None:
-            self._copies.mark_fresh()
+    def update(self, momentum: float) -> None:
+        """Step the trained models by their gradients, which are dropped, and the target encoder after them."""
+        self.optimizer.step(momentum=momentum)
+        self.optimizer.zero_grad(set_to_none=True)
+        for model in (self.encoder, self.predictor, self.target_encoder):
+            if model.copies is not None:
+                model.copies.mark_fresh()
 
 
 class Run(NamedTuple):
@@ -66,7 +57,6 @@ class Run(NamedTuple):
     state: TrainState
     encoder: nn.Module  # for the loss: the state's modules, under DDP in a wrapper that averages gradients
     predictor: nn.Module
-    ema: Ema
     schedule: Schedule
     probe: Probe | None
 
@@ -94,10 +84,9 @@ def build_run(
         data = stack.enter_context(build_data(config, world, masks, write_cache, report))
         state = build_state(config, world)
         encoder, predictor = average_gradients(state.encoder, world), average_gradients(state.predictor, world)
-        ema = Ema(state)
         schedule = build_schedule(config.optim, data.sampler.steps_per_epoch)
         probe = stack.enter_context(open_probe(config, world, data, write_cache, report))
-        yield Run(config, world, masks, data, state, encoder, predictor, ema, schedule, probe)
+        yield Run(config, world, masks, data, state, encoder, predictor, schedule, probe)
 
 
 def check_divisible(config: Config, world: World) -> None:
@@ -162,7 +151,8 @@ def build_state(config: Config, world: World) -> TrainState:
         materialise(model, weights, world)
         if world.mesh is None:
             keep_copies(model)
-    optimizer = build_optimizer(encoder, predictor, betas=config.optim.betas, eps=config.optim.eps)
+    betas, eps = config.optim.betas, config.optim.eps
+    optimizer = build_optimizer(encoder, predictor, target_encoder, betas=betas, eps=eps)
     return TrainState(encoder, predictor, target_encoder, optimizer)
 
 

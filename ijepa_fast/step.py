@@ -54,9 +54,7 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
             loss += backward(run, batch, denominator)
             counts.add(batch, run.config.grid**2)
             bad += batch.bad
-        run.state.optimizer.step()
-        run.state.optimizer.zero_grad(set_to_none=True)
-        run.ema(momentum)
+        run.state.update(momentum)
     return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 
 

@@ -17,7 +17,7 @@ from bench.harness.workload import Setup
 from ijepa_fast.model import Block, keep_copies
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import build_optimizer
-from ijepa_fast.run import Ema, TrainState
+from ijepa_fast.run import TrainState
 
 
 class Ours(Provider):
@@ -36,19 +36,17 @@ class Ours(Provider):
         self.encoder, self.predictor, self.target_encoder = modules
         for module in modules:
             keep_copies(module)
-        self.optimizer = build_optimizer(self.encoder, self.predictor)
+        self.optimizer = build_optimizer(*modules)
         for group in self.optimizer.param_groups:
             group["lr"], group["weight_decay"] = self.lr, self.weight_decay if group["decay"] else 0.0
-        self.ema = Ema(TrainState(self.encoder, self.predictor, self.target_encoder, self.optimizer))
+        self.state = TrainState(*modules, self.optimizer)
         self.ready()
 
     def loss(self) -> Tensor:
         return ijepa_loss(self.encoder, self.predictor, self.target_encoder, self.setup.images, self.setup.masks)
 
     def update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.ema(self.momentum)
+        self.state.update(self.momentum)
 
     def inputs(self) -> list[Tensor]:
         context, target, context_of = self.setup.masks

@@ -142,6 +142,9 @@ class Counter(TorchDispatchMode):
         cast = name == "_to_copy" and _storage(args[0]) in self.weights
         return self._timed(Tally(other_bytes=moved, launches=launches, weight_casts=int(cast)))
 
+    def add(self, kind: str, tally: Tally) -> None:
+        self.tallies[self.part, kind] += self._timed(tally)
+
     @staticmethod
     def _timed(tally: Tally) -> Tally:
         moved = tally.other_bytes + tally.product_bytes + tally.attention_bytes
@@ -168,7 +171,7 @@ def _storage(x: Tensor) -> int:
     return x.untyped_storage()._cdata
 
 
-def _bytes(x: Tensor) -> int:
+def nbytes(x: Tensor) -> int:
     """Of the elements that are there: an expanded dimension is read once."""
     return x.element_size() * math.prod(n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
 
@@ -178,12 +181,12 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
     if name in ("index_select", "index", "gather_patches"):  # rows that are asked for, not all there are
         index = next(x for x in tree_leaves(args[1:]) if isinstance(x, Tensor))
         element = args[0].element_size()
-        return sum(_bytes(x) + x.numel() * element for x in results) + _bytes(index)
+        return sum(nbytes(x) + x.numel() * element for x in results) + nbytes(index)
     if name == "index_add_":
-        return 3 * _bytes(args[3]) + _bytes(args[2])  # the source, and its rows of what is added to, twice
+        return 3 * nbytes(args[3]) + nbytes(args[2])  # the source, and its rows of what is added to, twice
     if name == "smooth_l1_loss":  # reads a target row for each predicted one
         pred, target = args[0], args[1]
-        return _bytes(pred) + pred.numel() * target.element_size() + sum(map(_bytes, results))
+        return nbytes(pred) + pred.numel() * target.element_size() + sum(map(nbytes, results))
     moved, aliases = 0, set()
     for argument, value in zip(func._schema.arguments, (*args, *[None] * len(func._schema.arguments)), strict=False):
         value = kwargs.get(argument.name, value)
@@ -192,9 +195,9 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         written = written and (name, argument.name) not in NOT_WRITTEN
         if written:
             aliases.update(map(id, tensors))
-        moved += sum(map(_bytes, tensors)) * (2 if written and (name, argument.name) not in WRITE_ONLY else 1)
+        moved += sum(map(nbytes, tensors)) * (2 if written and (name, argument.name) not in WRITE_ONLY else 1)
     if name in PARTIAL_SUMS:
         moved += 2 * 4 * PARTIAL_SUMS[name](results)
     if name == "native_layer_norm_backward":
-        moved += _bytes(args[0]) + _bytes(args[1])
-    return moved + sum(_bytes(x) for x in results if id(x) not in aliases)
+        moved += nbytes(args[0]) + nbytes(args[1])
+    return moved + sum(nbytes(x) for x in results if id(x) not in aliases)
