@@ -167,6 +167,7 @@ class TrainConfig(Section):
     init_from: UserPath | None = None  # weights of any format (ijepa_fast.load) to start from
     checkpoint_every: Count | None = None  # steps; left out: once an epoch
     keep_last: Count = 3  # checkpoints
+    profile: Count | None = None  # updates, after the first few, of which a trace and a table are written
 
 
 class ParallelConfig(Section):
@@ -232,7 +233,7 @@ _EXACT = {
     "mask": set(),
     "optim": {"micro_batch"},
     "data": {"probe_root", "decoder", "threads", "max_bad_fraction"},
-    "train": {"folder", "init_from", "checkpoint_every", "keep_last"},
+    "train": {"folder", "init_from", "checkpoint_every", "keep_last", "profile"},
 }
 
 

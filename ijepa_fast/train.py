@@ -32,6 +32,7 @@ from ijepa_fast.memory import memory_advice
 from ijepa_fast.metrics import Bar, Meter, Rates, RunLog
 from ijepa_fast.optim import build_schedule
 from ijepa_fast.preemption import NoDataError, StopSignal
+from ijepa_fast.profiling import profiled
 from ijepa_fast.remarks import remarks
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
@@ -104,6 +105,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
         contextlib.closing(StopSignal(checkpoints.last)) as stop,
         contextlib.closing(open_log(config, first, world.is_main)) as log,
         contextlib.closing(Bar(console, first, total, config.optim.epochs, shown=config.log.progress)) as bar,
+        profiled(config.train.profile if world.is_main else None, config.train.folder, console.print) as count_step,
     ):
         batches = stop.patient(loader.batches(first, total))
         if run.probe is not None and first == 0:
@@ -118,6 +120,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
                 if unread and world.size == 1:
                     write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
                 leave_without_data(run, checkpoints, account, done, saved, stop, error)
+            count_step()
             counts = unread[-1].counts
             flops = counts.flops(run.state.encoder, run.state.predictor)
             meter.add(config.optim.global_batch_size, counts.all * world.size, flops)
