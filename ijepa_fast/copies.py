@@ -58,7 +58,9 @@ class _CopiedLinear(torch.autograd.Function):
         x, weight_copy = ctx.saved_tensors
         grad_x = grad @ weight_copy if ctx.needs_input_grad[0] else None
         grad_weight = _wide_product(grad.t(), x, ctx.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = grad.sum(0, dtype=ctx.dtype) if ctx.with_bias else None
+        grad_bias = None
+        if ctx.with_bias:  # on a CPU rounded first, as PyTorch's own linear layer does, and so FSDP's
+            grad_bias = grad.sum(0).to(ctx.dtype) if grad.is_cpu else grad.sum(0, dtype=ctx.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 

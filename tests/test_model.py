@@ -8,6 +8,7 @@ from ijepa_kernels import Packed
 from torch import nn
 
 from ijepa_fast.model import (
+    COSTLY,
     SIZES,
     Block,
     LayerNorm,
@@ -219,6 +220,13 @@ def test_products_and_stream_have_their_own_dtypes(compute_dtype, residual_dtype
     predicted.float().square().sum().backward()
     trained = [p for model in (encoder, predictor) for p in model.parameters() if p.requires_grad]
     assert all(p.dtype == torch.float32 and p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in trained)
+
+
+def test_selective_checkpointing_knows_attention_by_the_name_that_a_gpu_calls():
+    from torch.nn.attention import varlen  # noqa: F401  (registers it)
+
+    for op in (torch.ops.ijepa.varlen_attention, torch.ops.torch_attn._varlen_attn, torch.ops.aten.addmm):
+        assert op.default._schema.name in COSTLY
 
 
 @torch.no_grad()
