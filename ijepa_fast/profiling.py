@@ -1,5 +1,6 @@
 """`train.profile: N`: where N updates of a run spend their time, as a trace and as a table."""
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,7 @@ def profiled(steps: int | None, folder: Path, report: Callable[[str], None]) -> 
     if steps is None:
         yield lambda: None
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the library under it writes to stderr when it starts
     activities, order = [ProfilerActivity.CPU], "self_cpu_time_total"
     if torch.cuda.is_available():
         activities, order = [*activities, ProfilerActivity.CUDA], "self_device_time_total"
