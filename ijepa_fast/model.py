@@ -213,9 +213,12 @@ class PatchEmbed(nn.Module):
         self.compute_dtype = compute_dtype
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
         self.copies: tuple[Tensor, Tensor] | None = None
+        self.encoder_copies: Copies | None = None  # all of the encoder's, which begins here whoever runs its blocks
 
     def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
         assert self.proj.bias is not None
+        if self.encoder_copies is not None:
+            self.encoder_copies.refresh()
         return embed_patches(
             images,
             packed,
@@ -252,8 +255,6 @@ class VisionTransformer(nn.Module):
         `images` are uint8 `[B, H, W, 3]`, normalised inside with ImageNet's statistics, or float `[B, 3, H, W]` taken
         as normalised. A patch attends to the patches of its own sequence.
         """
-        if self.copies is not None:
-            self.copies.refresh()
         listed = self._every_patch(images) if packed is None else packed
         x, branch = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype), None
         for block in self.blocks:
@@ -369,6 +370,8 @@ def keep_copies(model: VisionTransformer | Predictor) -> None:
         for layer in layers:
             weight, bias = layer.parameters()
             layer.copies = model.copies[weight], model.copies[bias]
+            if isinstance(layer, PatchEmbed):
+                layer.encoder_copies = model.copies
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:
