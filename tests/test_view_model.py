@@ -47,7 +47,7 @@ def test_attention_is_what_the_block_computes(model):
     maps = torch.stack([attention_maps(encoder, x, -1, patch) for patch in range(36)], dim=2)  # [B, heads, N, N]
     assert maps.sum(-1) == pytest.approx(1, abs=1e-5)
     caught = []
-    handle = encoder.blocks[-1].attn.register_forward_hook(lambda _, given, out: caught.append((given[0], out)))
+    handle = encoder.blocks[-1].attn.register_forward_hook(lambda _, given, out: caught.append((given[0], out[0])))
     encoder(x)
     handle.remove()
     tokens, expected = caught[0]
