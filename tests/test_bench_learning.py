@@ -19,6 +19,7 @@ CONFIG = """
 model: {name: vit_tiny, patch_size: 4, predictor_depth: 1, predictor_dim: 48}
 mask: {sampler: corrected, collate: ragged, min_keep: 1}
 data: {root: nowhere, image_size: 32, decoder: pillow, threads: 1}
+parallel: {cpu_threads: 1}
 optim: {global_batch_size: 4, micro_batch: 2, epochs: 10, warmup_epochs: 1}
 """
 
@@ -96,9 +97,10 @@ def test_record_and_report(folder, capsys):
     arguments = ["--data", str(folder / "data"), "--minutes", "0.002", "--points", "2", "--config"]
     arguments += [str(folder / "small.yaml"), "--out", str(out), "--providers"]
     learn.main([*arguments, "ours,straight,released", "--seeds", "2", "--final", "--keep", str(folder / "kept")])
+    learn.main([*arguments, "ours", "--seeds", "1", "--arm", "first"])
     learn.main([*arguments, "ours", "--seeds", "1", "--arm", "faster", "optim.lr=0.01"])
     assert "released: not run" in capsys.readouterr().out
-    assert len(list(out.glob("*.json"))) == 5
+    assert len(list(out.glob("*.json"))) == 6
     record = json.loads((out / "small-ours-1.json").read_text())
     assert [point["minutes"] >= 0.002 * i / 2 for i, point in enumerate(record["points"])] == [True] * 3
     assert record["images"] == {"train": 30, "evaluated": 9}
@@ -108,5 +110,6 @@ def test_record_and_report(folder, capsys):
     text = report(out).read_text()
     assert "| random weights | 2 | 0 |" in text
     assert "| straight (small) | 2 |" in text
-    assert "optim.lr=0.01" in text
+    assert "| first |  | 1 |" in text
+    assert "| faster | optim.lr=0.01 | 1 |" in text
     assert (out.parent / "curves.png").stat().st_size > 1e4
