@@ -54,8 +54,8 @@ def test_released_recipe_scales_with_the_root_of_the_batch(folder):
 
 def test_schedule_is_read_at_a_share_of_the_time():
     schedule = Schedule(
-        steps_per_epoch=10, epochs=10, warmup_epochs=2, start_lr=0.1, peak_lr=1.0, final_lr=0.01, start_weight_decay=0.0,
-        final_weight_decay=0.4, start_momentum=0.9, final_momentum=1.0,
+        steps_per_epoch=10, epochs=10, warmup_epochs=2, start_lr=0.1, peak_lr=1.0, final_lr=0.01,
+        start_weight_decay=0.0, final_weight_decay=0.4, start_momentum=0.9, final_momentum=1.0,
     )  # fmt: skip
     paced = Paced(schedule)
     for share, step in ((0.0, 0), (0.195, 19), (0.5, 50), (1.0, 99)):

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 import torch._dynamo  # an optimizer imports it at its first step, which takes seconds of what is timed
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.harness import machine
 from bench.harness.compare import NotRun
@@ -23,12 +23,11 @@ from bench.learning.learners import LEARNERS, published
 from bench.learning.report import report
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.data.decoder import Decoder
-from ijepa_fast.data.reader import Reader
 from ijepa_fast.distributed import World
 from ijepa_fast.durable import write_durably
-from ijepa_fast.evaluation.dataset import DataSet, Labelled, open_dataset
-from ijepa_fast.evaluation.features import Extractor, Features, decode
-from ijepa_fast.evaluation.frozen import Frozen, prepare
+from ijepa_fast.evaluation.dataset import DataSet, open_dataset
+from ijepa_fast.evaluation.features import Extractor, Features
+from ijepa_fast.evaluation.frozen import Pixels, prepare
 from ijepa_fast.evaluation.knn import knn_accuracy
 from ijepa_fast.evaluation.logistic import fit_logistic
 from ijepa_fast.evaluation.rank import rankme, spread
@@ -36,12 +35,12 @@ from ijepa_fast.evaluation.split import stratified
 from ijepa_fast.malloc import keep_freed_memory
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.run import build_run
+from ijepa_fast.weights.model import Model
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "learning" / "results"
 HELD_OUT, HELD_OUT_SEED = 0.2, 123
 C, NEIGHBOURS = 0.1, 20
-PIXELS = 16  # a side of the images that the baseline classifies as they are
 LOSSES = 100  # updates that the recorded loss is a mean of
 
 
@@ -131,7 +130,7 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
     with build_run(config, world) as run:
         learner = LEARNERS[provider](run, args.released)
         decoder = run.data.source.decoder
-        record["pixels"] = pixels(data, decoder)
+        record["pixels"] = pixels(data, decoder, world)
         points.append({"minutes": 0.0, "updates": 0, "loss": None})
         points[-1] |= probe(learner.target_encoder(), data, decoder, world)
         tell(record)
@@ -158,8 +157,7 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
 
 def probe(encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: World) -> dict[str, float]:
     """Accuracies in per cent and the shape of the features, on the CPU."""
-    extractor = Extractor(prepare(Frozen(encoder), world.device), decoder, world, cache=None)
-    train, val = cast(list[Features], [extractor.features(part, "probe") for part in (data.train, data.val)])
+    train, val = features(Model(encoder, None, encoder, "target", {}), data, decoder, world)
     labels, truth = torch.from_numpy(data.train.labels), torch.from_numpy(data.val.labels)
     shape = spread(val.last)
     values = {"rankme": rankme(val.last), "std": shape["std"], "cosine": shape["cosine"], "dead": shape["dead"]}
@@ -174,19 +172,17 @@ def accuracy(fitted: Tensor, labels: Tensor, scored: Tensor, truth: Tensor) -> f
     return float((fit_logistic(fitted, labels, C=C).predict(scored) == truth).double().mean())
 
 
-def pixels(data: DataSet, decoder: Decoder) -> float:
+def features(model: nn.Module, data: DataSet, decoder: Decoder, world: World) -> list[Features]:
+    """Of what the probes are fitted to, and of what they are scored on."""
+    extractor = Extractor(prepare(model, world.device), decoder, world, cache=None)
+    return cast(list[Features], [extractor.features(part, "probe") for part in (data.train, data.val)])
+
+
+def pixels(data: DataSet, decoder: Decoder, world: World) -> float:
     """Accuracy in per cent of the same classifier on central crops of 16 x 16 pixels."""
-    parts = [_pixels(part, decoder) for part in (data.train, data.val)]
-    return 100 * accuracy(parts[0], torch.from_numpy(data.train.labels), parts[1], torch.from_numpy(data.val.labels))
-
-
-def _pixels(part: Labelled, decoder: Decoder) -> Tensor:
-    crops = []
-    with Reader(part.index, threads=4) as reader:
-        for first in range(0, len(part.ids), 256):
-            ids = part.ids[first : first + 256]
-            crops.append(decode(part, decoder, reader.read(ids), ids, PIXELS, None).cpu())
-    return torch.cat(crops).flatten(1).float()
+    train, val = features(Pixels(), data, decoder, world)
+    labels, truth = torch.from_numpy(data.train.labels), torch.from_numpy(data.val.labels)
+    return 100 * accuracy(train.last, labels, val.last, truth)
 
 
 def tell(record: dict[str, Any]) -> None:
