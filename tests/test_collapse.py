@@ -63,6 +63,7 @@ def test_a_resumed_log_knows_the_probes_of_its_checkpoint(tmp_path):
     fresh.close()
 
 
+@pytest.mark.long
 def test_a_run_says_what_usually_helps(train, monkeypatch, tmp_path):
     ranks = iter([20.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr(Probe, "__call__", lambda self, encoder: {"rankme": next(ranks), "knn": 0.5, "linear": 0.25})

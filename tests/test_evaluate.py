@@ -23,6 +23,8 @@ from ijepa_fast.evaluation.features import Extractor, Features
 from ijepa_fast.evaluation.frozen import open_weights, prepare
 from ijepa_fast.model import SIZES, Size
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 RANDOM = "random:vit_tiny/8@24"
 TRAIN, VAL = 7, 5  # images of a class

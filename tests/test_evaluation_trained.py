@@ -13,6 +13,8 @@ from ijepa_fast.evaluation.finetune import _Classifier, layer_groups
 from ijepa_fast.evaluation.frozen import open_weights
 from ijepa_fast.evaluation.supervised import _schedule
 
+pytestmark = pytest.mark.long
+
 
 def test_the_attentive_head_is_cross_attention_of_one_query():
     """Against torch's own multi-head attention, in float64."""
