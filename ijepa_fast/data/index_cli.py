@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 def summarize(index: Index, report: Any) -> None:
     records = index.records
     size = records["size"].sum(dtype=np.int64)
-    report(f"images      {len(index):,} in {len(index.containers):,} files, {size / 1e9:,.2f} GB, "
+    report(f"images      {len(index):,} in {len(index.containers):,} files, {size / 1e6:,.1f} MB, "
            f"{size / len(index) / 1e3:,.1f} kB each")  # fmt: skip
     sides = np.minimum(records["width"], records["height"])
     known = sides[sides > 0]
@@ -85,17 +85,23 @@ def summarize(index: Index, report: Any) -> None:
 def draw_sizes(index: Index, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     known = index.records[index.records["width"] > 0]
     some = known[np.linspace(0, len(known) - 1, min(len(known), 1 << 20)).astype(np.int64)]
     figure = Figure(figsize=(6, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    edges = np.geomspace(min(some["width"].min(), some["height"].min()),
-                         max(some["width"].max(), some["height"].max()) + 1, 60)  # fmt: skip
-    axes.hist2d(some["width"], some["height"], bins=[edges, edges], norm="log", cmin=1)
+    least, most = min(some["width"].min(), some["height"].min()), max(some["width"].max(), some["height"].max())
+    edges = np.geomspace(0.8 * least, 1.25 * most, 60)
+    *_, cells = axes.hist2d(some["width"], some["height"], bins=[edges, edges], norm="log", cmin=1)
+    figure.colorbar(cells, label="images")
     axes.set(xscale="log", yscale="log", xlabel="width, pixels", ylabel="height, pixels",
              title=f"Sizes of {len(index):,} images", aspect="equal")  # fmt: skip
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_formatter("")
     figure.savefig(path, dpi=110)
 
 
