@@ -163,7 +163,7 @@ def test_a_dry_run_checks_the_run_folder_and_the_weights(train, finished, tmp_pa
     sentence = train(*words, f"train.folder={tmp_path}/file/run").error
     assert sentence == f"train.folder={tmp_path}/file/run cannot be written: {tmp_path}/file is no folder"
     new = f"train.folder={tmp_path / 'run'}"
-    assert "train.init_from: /nowhere is neither" in train(*words, new, "train.init_from=/nowhere").error
+    assert "train.init_from: there is no /nowhere" in train(*words, new, "train.init_from=/nowhere").error
     outcome = train(*words, new, f"train.init_from={finished}", "log.probe_every=3", "optim.warmup_epochs=2")
     assert outcome.code == 0
     assert "cpu, 1 thread (parallel.cpu_threads); ijepa_fast " in outcome.out
@@ -228,20 +228,20 @@ def test_a_lost_terminal_ends_no_run_before_it_has_saved():
 
 
 def test_a_run_that_gets_no_images_saves_and_leaves(photographs, tiny_config, tmp_path):
-    """An image is a pipe when its turn comes; the run has made some updates, and SIGTERM ends it with those saved."""
+    """A read hangs after some updates, as on a dead mount; SIGTERM ends the run with those saved."""
     root, folder = tmp_path / "data", tmp_path / "run"
     shutil.copytree(photographs, root)
     program = f"""
 import os, sys, threading, time
 from ijepa_fast import preemption
 preemption.PATIENCE_S = 1.0
-from ijepa_fast.data.reader import Reader
-plain, stuck = Reader.start, threading.Event()
-def start(self, ids, calls=[0]):
+from ijepa_fast.data.loader import Loader
+plain, stuck = Loader._build, threading.Event()
+def build(self, *arguments, calls=[0]):
     calls[0] += 1
-    if calls[0] < 6: return plain(self, ids)
+    if calls[0] < 6: return plain(self, *arguments)
     stuck.wait()  # for ever
-Reader.start = start
+Loader._build = build
 from ijepa_fast.train import main
 main(["--config", {str(tiny_config)!r}, "data.root={root}", "train.folder={folder}"])
 """
