@@ -139,10 +139,10 @@ def train_watching_shards(argv: list[str]) -> tuple[int, int, int]:
 
 def count_scans(argv: list[str], cache: str) -> int:
     """How often this rank reads all image headers while a run is built, with nothing cached."""
-    scan, scans = index._scan, []
+    build, scans = index._build, []
     prepare()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "_scan", lambda *arguments: scans.append(1) or scan(*arguments))
+        patch.setattr(index, "_build", lambda *arguments: scans.append(1) or build(*arguments))
         patch.setenv("XDG_CACHE_HOME", cache)
         config, _ = load_config(argv[1], argv[2:])
         with distributed.join(config) as world, build_run(config, world):

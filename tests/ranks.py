@@ -14,7 +14,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-PATIENCE_S = 150  # for one job, import of torch on a busy machine included
+PATIENCE_S = 400  # for one job, import of torch on a busy machine included
 
 
 class Left(NamedTuple):

@@ -40,7 +40,7 @@ def mistake(text: str, *overrides: str, folder: Path) -> str:
 
 
 def test_every_recipe_is_there():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*RECIPES, "demo"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*RECIPES, "demo", "small"}
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
@@ -135,7 +135,7 @@ def test_numbers_in_overrides_are_decimal(tmp_path):
 def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_config("vits16_in1k") == load_config(CONFIGS / "vits16_in1k.yaml")
-    with pytest.raises(UserError, match=r"neither a file nor a recipe vits15_in1k; the recipes are demo, vitb16_in1k"):
+    with pytest.raises(UserError, match=r"nor a recipe vits15_in1k; the recipes are demo, small, vitb16_in1k"):
         load_config("vits15_in1k")
     (tmp_path / "vits16_in1k").write_text("data: {root: mine}")  # a file of that name comes first
     assert load_config("vits16_in1k")[0].data.root == Path("mine")

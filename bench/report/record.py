@@ -24,6 +24,7 @@ PARTS = {
     "attention": ["attention"],
     "step": ["step", "data"],
     "memory": ["memory"],
+    "embed": ["embed"],
 }
 MINUTES = 9
 GRACE_S = 60  # of these, for the last case to end

@@ -25,6 +25,7 @@ SUITES = {
     "attention": "Attention",
     "masks": "Masks",
     "data": "Data",
+    "embed": "Embedding a folder",
     "tests": "Tests on the GPU",
 }
 INTRODUCTION = """\
