@@ -147,7 +147,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
         checkpoints.wait()
 
     if world.is_main:
-        draw(run, checkpoints, console)
+        draw(run, checkpoints, console, stopped=done < total)
     if done < total:
         console.print(f"Stopped after step {done} of {total}. The same command with --resume goes on.")
     world.barrier()
@@ -250,16 +250,20 @@ def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
         console.print(f"warning: {warning}")
 
 
-def draw(run: Run, checkpoints: Checkpoints, console: Console) -> None:
-    """Draw the run's pictures, and print where they and the last checkpoint are."""
-    folder, batch = run.config.train.folder, next(run.data.loader.batches(0, 1))
-    title = masks_title(run.config.mask, 0)
-    masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)
+def draw(run: Run, checkpoints: Checkpoints, console: Console, *, stopped: bool) -> None:
+    """Draw the run's pictures, and print where they and the last checkpoint are.
+
+    A run that a signal has stopped draws no masks: time may be short, and the images may hang on a dead mount.
+    """
+    folder = run.config.train.folder
     checkpoint = checkpoints.path(checkpoints.steps()[-1])
     summary = write_summary(folder, run.total_steps, checkpoint)
     console.print(f"checkpoint  {checkpoint}")
     console.print(f"curves      {draw_curves(folder)}")
-    console.print(f"mask sheet  {folder / 'masks.png'}")
+    if not stopped:
+        batch, title = next(run.data.loader.batches(0, 1)), masks_title(run.config.mask, 0)
+        masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)
+        console.print(f"mask sheet  {folder / 'masks.png'}")
     if summary is not None:
         console.print(f"summary     {folder / 'summary.json'}")
         console.print(last_line(summary))

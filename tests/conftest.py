@@ -2,6 +2,7 @@
 
 Nothing here imports torch or triton before a test asks for it: tests/kernels decides first how Triton runs.
 """
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,9 @@ from types import SimpleNamespace
 import pytest
 from outcome import Outcome
 from photographs import write_photographs
+
+# Read once, when the first test of a process profiles: the library writes to stderr otherwise.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 _PLAIN = SimpleNamespace(params={})  # of a test without parameters
 

@@ -177,7 +177,8 @@ def test_more_processes_than_gpus(words, tmp_path, monkeypatch):
     config, _ = load_config(words(tmp_path)[1])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    for name, value in {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}.items():
+    ranks = {"RANK": 1, "LOCAL_RANK": 1, "WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 4}
+    for name, value in {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
     said = "4 processes were started on this machine, which has 2 GPUs; start torchrun with --nproc-per-node=2"
     with pytest.raises(UserError, match=said), distributed.join(config):

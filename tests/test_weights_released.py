@@ -11,6 +11,7 @@ from released_file import SMALL, Training, new_training, released_dict, released
 
 import ijepa_fast
 from bench.baselines.straight import straight_step
+from ijepa_fast.checkpoint import digest
 from ijepa_fast.config import load_config
 from ijepa_fast.convert import main as convert
 from ijepa_fast.model import SIZES
@@ -136,7 +137,8 @@ def test_in_the_middle_of_an_epoch_it_says_so(released, tiny_config, tmp_path, c
     (path,) = (tmp_path / "run" / "checkpoints").iterdir()
     about = json.loads((path / "checkpoint.json").read_text())
     assert about["data"]["images"] == 40
-    (path / "checkpoint.json").write_text(json.dumps(about | {"step": 13}))
+    about |= {"step": 13}
+    (path / "checkpoint.json").write_text(json.dumps(about | {"digest": digest(about)}))
     assert convert([str(tmp_path / "run"), str(tmp_path / "back.pth.tar"), "--to", "released"]) == 0
     assert "note: the source is 3 of 5 updates into the next epoch" in capfd.readouterr().out
     assert torch.load(tmp_path / "back.pth.tar")["epoch"] == 2
