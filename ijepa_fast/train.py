@@ -1,6 +1,7 @@
 """Pretrain I-JEPA: `python -m ijepa_fast.train --config configs/demo.yaml [section.key=value ...]`.
 
-Reads top to bottom: the command line, the loop, what is logged, what is made at the end. An update is in `step`.
+Reads top to bottom: the command line, the run, the loop. An update is in `step`, what a run says and writes in
+`reporting`.
 """
 import sys
 
@@ -11,39 +12,28 @@ if __name__ == "__main__":  # the door answers --help and mistakes before the im
 
 import contextlib
 import functools
-import itertools
-import math
 import os
 from typing import NoReturn
 
-import torch
 from rich.console import Console
 
-from ijepa_fast import arguments, distributed, parallel
+from ijepa_fast import arguments, distributed
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.cli import command, console
-from ijepa_fast.config import Config, load_config
+from ijepa_fast.config import load_config
 from ijepa_fast.data.bad import Account
 from ijepa_fast.dry_run import dry_run
-from ijepa_fast.errors import SharedError
-from ijepa_fast.evaluation.collapse import collapse_warning
 from ijepa_fast.flops import peak_flops
-from ijepa_fast.memory import memory_advice
-from ijepa_fast.metrics import Bar, Meter, Rates, RunLog
-from ijepa_fast.optim import build_schedule
+from ijepa_fast.metrics import Bar, Meter
 from ijepa_fast.preemption import NoDataError, StopSignal
 from ijepa_fast.profiling import profiled
 from ijepa_fast.remarks import remarks
+from ijepa_fast.reporting import check_weights, draw, open_log, report_bad, report_extension, run_probe, write_rows
 from ijepa_fast.run import Run, build_run
 from ijepa_fast.step import Update, update
-from ijepa_fast.summary import environment, last_line, write_summary
-from ijepa_fast.trackers import build_trackers, check_installed
-from ijepa_fast.view import draw_curves, masks_sheet, masks_title
+from ijepa_fast.summary import environment
+from ijepa_fast.trackers import check_installed
 from ijepa_fast.weights.init_from import init_from
-
-SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
-
-MOST_LINES = 20  # on bad images, at a time
 
 
 @command
@@ -161,13 +151,6 @@ def init_weights(run: Run) -> str | None:
     return init_from(path, run.state, run.world) if path is not None else None
 
 
-def open_log(config: Config, first: int, active: bool) -> RunLog:
-    trackers = build_trackers(config) if active else []
-    return RunLog(
-        config.train.folder, first, tensorboard=config.log.tensorboard, trackers=trackers, active=active
-    )
-
-
 def leave_without_data(
     run: Run, checkpoints: Checkpoints, account: Account, done: int, saved: int, stop: StopSignal, error: NoDataError
 ) -> NoReturn:
@@ -180,90 +163,3 @@ def leave_without_data(
     print(f"error: {error}, so step {done + 1} was not made; {checkpoints.last()}", file=sys.stderr, flush=True)
     stop.requeue()
     os._exit(2)
-
-
-def report_extension(before: Config, run: Run, step: int, console: Console) -> None:
-    """Say how the schedules go on from `step` in a run that was made longer."""
-    steps = run.schedule.steps_per_epoch
-    old, new = build_schedule(before.optim, steps), run.schedule
-    console.print(
-        f"extended from {before.optim.epochs} to {run.config.optim.epochs} epochs, {run.total_steps} steps: from step "
-        f"{step} on all schedules are those of the longer run, at this place: learning rate {old.lr(step):.3g} -> "
-        f"{new.lr(step):.3g}, weight decay {old.weight_decay(step):.3g} -> {new.weight_decay(step):.3g}, momentum "
-        f"{old.momentum(step):.6g} -> {new.momentum(step):.6g}"
-    )
-
-
-def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:
-    """Read the losses since the last time from the device, all at once, and write their rows."""
-    losses = run.world.mean(torch.stack([update.loss for update in unread])).tolist()
-    rows = [u.row(loss, rates, run.schedule.steps_per_epoch) for loss, u in zip(losses, unread, strict=True)]
-    unread.clear()
-    finite = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows))
-    log.steps(finite)
-    if len(finite) < len(rows):
-        bad = rows[len(finite)]
-        raise diverged(f"the loss of step {bad.step} is {bad.loss}")
-    bar.report(rows[-1])
-
-
-def report_bad(run: Run, unread: list[Update], account: Account, done: int, console: Console) -> None:
-    """Account for the images that could not be used since the last time, on all ranks."""
-    bad = [image for update in unread for image in update.bad]
-    if not run.world.any(bool(bad)):
-        return
-    every = [image for images in run.world.gather_objects(bad) for image in images]
-    lines = account.add(sorted(every, key=lambda image: (image.step, image.position)), write=run.world.is_main)
-    for line in lines[:MOST_LINES]:
-        console.print(line, markup=False)
-    if len(lines) > MOST_LINES:
-        console.print(f"and {len(lines) - MOST_LINES} more bad images: {account.file}", markup=False)
-    with run.world.raise_on_all_ranks():
-        account.check(done * run.config.optim.global_batch_size)
-
-
-def check_weights(run: Run, step: int) -> None:
-    """The loss is computed before the update, so a finite one does not prove that what would be saved is finite."""
-    parameters = run.state.trained().parameters()
-    finite = torch.stack([parallel.local(parameter).isfinite().all() for parameter in parameters]).all()
-    if run.world.any(not finite):
-        raise diverged(f"the weights after step {step} are not finite")
-
-
-def diverged(what: str) -> SharedError:
-    return SharedError(
-        f"{what}, so the run stopped and saved nothing of it; "
-        f"go on from the last checkpoint with --resume, or start anew with a lower optim.lr"
-    )
-
-
-def run_probe(run: Run, step: int, log: RunLog, console: Console) -> None:
-    """Measure the target features: the loss alone does not show a collapse."""
-    assert run.probe is not None
-    with memory_advice(run.config.optim.micro_batch):
-        values = run.probe(run.state.target_encoder)
-    log.probe(step, values)
-    accuracies = "".join(f", {shown} {values[name]:.1%}" for name, shown in SHOWN.items() if name in values)
-    console.print(f"step {step}: target features have RankMe {values['rankme']:.1f}{accuracies}")
-    if warning := collapse_warning(log.probes, run.total_steps):
-        log.note(step, warning)
-        console.print(f"warning: {warning}")
-
-
-def draw(run: Run, checkpoints: Checkpoints, console: Console, *, stopped: bool) -> None:
-    """Draw the run's pictures, and print where they and the last checkpoint are.
-
-    A run that a signal has stopped draws no masks: time may be short, and the images may hang on a dead mount.
-    """
-    folder = run.config.train.folder
-    checkpoint = checkpoints.path(checkpoints.steps()[-1])
-    summary = write_summary(folder, run.total_steps, checkpoint)
-    console.print(f"checkpoint  {checkpoint}")
-    console.print(f"curves      {draw_curves(folder)}")
-    if not stopped:
-        batch, title = next(run.data.loader.batches(0, 1)), masks_title(run.config.mask, 0)
-        masks_sheet(batch.images, batch.masks, run.config.model.patch_size, folder / "masks.png", title)
-        console.print(f"mask sheet  {folder / 'masks.png'}")
-    if summary is not None:
-        console.print(f"summary     {folder / 'summary.json'}")
-        console.print(last_line(summary))
