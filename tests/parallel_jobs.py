@@ -42,7 +42,7 @@ def prepare() -> None:
 
     No pictures at the end: they take longer than the run.
     """
-    driver.draw = lambda *arguments: None
+    driver.draw = lambda *arguments, **named: None
     model.SIZES["vit_tiny"] = model.Size(dim=24, depth=2, num_heads=3, mlp_dim=9)
 
 

@@ -52,8 +52,9 @@ class Ranks:
             pipe.send(({k: str(v) for k, v in environment.items()}, function, arguments))
         late = [rank for rank, (_, pipe) in enumerate(chosen) if not pipe.poll(PATIENCE_S)]
         if late:
+            others = [Left(*pipe.recv()) for rank, (_, pipe) in enumerate(chosen) if rank not in late]
             self.close()
-            raise AssertionError(f"ranks {late} hang")
+            raise AssertionError(f"ranks {late} hang; of the others is left {others}")
         left = []
         for _, pipe in chosen:
             try:
