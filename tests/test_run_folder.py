@@ -37,7 +37,13 @@ def copy(finished, tmp_path):
 
 def start(program: str) -> subprocess.Popen:
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", program], text=True, **pipes)
+    return subprocess.Popen([sys.executable, "-c", program], text=True, preexec_fn=as_in_a_terminal, **pipes)
+
+
+def as_in_a_terminal() -> None:
+    """A process that was started in the background hands on that it ignores these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 # --- one writer -------------------------------------------------------------------------------------------------------
