@@ -54,13 +54,12 @@ class _Run(NamedTuple):
 
 def _runs(q: Tensor, cu_seqlens: Tensor, *, save_memory: bool, keep: bool) -> list[_Run]:
     """The runs of equal-length neighbours, less the empty sequences; those to materialise in groups."""
-    runs, element = [], torch.finfo(torch.promote_types(q.dtype, torch.float32)).bits // 8
+    runs, element = [], q.element_size()
     longest = LONGEST_PRODUCT if keep else LONGEST_PRODUCT_INFERENCE
     for length, run in groupby(n for n in cu_seqlens.diff().tolist() if n):
         count = len(list(run))
         slow = length > longest or (count == 1 and length < SHORTEST_SINGLE)
-        # Products of 16-bit matrices are slow on a CPU, and round the weights.
-        if _can_fuse(q) and (save_memory or not _is_wide(q) or slow):
+        if _can_fuse(q) and (save_memory or slow):
             runs.append(_Run(count, length, True))
             continue
         most = max(1, GROUP_BYTES // (element * q.shape[1] * length**2))
@@ -105,7 +104,7 @@ def forward(
     `save_memory` keeps the weights of none: on a CPU every run is fused, elsewhere `backward` computes them again.
     Without `keep` there is to be no backward.
     """
-    if not _can_fuse(q) and not _is_wide(q):  # in 16 bits the weights and their gradients would be rounded
+    if not _is_wide(q):  # in 16 bits the weights and their gradients would be rounded, and a CPU is slower
         wide = (x.float() for x in (q, k, v))
         out, kept = forward(*wide, cu_seqlens, scale, save_memory=save_memory, keep=keep)
         return out.to(q.dtype), kept
@@ -139,7 +138,7 @@ def backward(
     save_memory: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, given what `forward` kept under the same `save_memory`."""
-    if not _can_fuse(q) and not _is_wide(q):
+    if not _is_wide(q):
         wide = (x.float() for x in (grad, q, k, v, out))
         return tuple(x.to(q.dtype) for x in backward(*wide, kept, cu_seqlens, scale, save_memory=save_memory))
     grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
