@@ -157,7 +157,7 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
 
 def probe(encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: World) -> dict[str, float]:
     """Accuracies in per cent and the shape of the features, on the CPU."""
-    train, val = features(Model(encoder, None, encoder, "target", {}), data, decoder, world)
+    train, val = features(frozen(encoder), data, decoder, world)
     labels, truth = torch.from_numpy(data.train.labels), torch.from_numpy(data.val.labels)
     shape = spread(val.last)
     values = {"rankme": rankme(val.last), "std": shape["std"], "cosine": shape["cosine"], "dead": shape["dead"]}
@@ -165,6 +165,13 @@ def probe(encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: Wo
         values[f"logistic {name}"] = 100 * accuracy(fitted, labels, scored, truth)
     values["k-NN"] = 100 * knn_accuracy(train.last, labels, val.last, truth, k=NEIGHBOURS)
     return values
+
+
+def frozen(encoder: VisionTransformer) -> Model:
+    """A model of its own: evaluation changes the precision of what it is given, and training goes on in another."""
+    copy = VisionTransformer(encoder.size, encoder.image_size, encoder.patch_size, torch.float32, torch.float32)
+    copy.load_state_dict(encoder.state_dict())
+    return Model(copy, None, copy, "target", {})
 
 
 def accuracy(fitted: Tensor, labels: Tensor, scored: Tensor, truth: Tensor) -> float:
