@@ -20,7 +20,7 @@ from ijepa_fast.flops import peak_flops, step_flops
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.metrics import COLUMNS, Bar, Meter, Rates, RunLog, StepRow, TokenCounts, read_log
 from ijepa_fast.model import build_encoder, build_predictor
-from ijepa_fast.view.curves import _smoothed, draw_curves
+from ijepa_fast.view.curves import draw_curves, smoothed
 
 
 def row(step: int) -> StepRow:
@@ -188,9 +188,9 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
     for name, key in (("learning rate", "lr"), ("EMA momentum", "momentum"), ("images/s", "images/s")):
         ((x, line),) = curves[name]
         assert (x, list(line.get_ydata())) == ([r["step"] for r in steps], [r[key] for r in steps])
-    (loss, smoothed) = next(lines for name, lines in curves.items() if name.startswith("loss"))
+    (loss, smooth) = next(lines for name, lines in curves.items() if name.startswith("loss"))
     assert list(loss[1].get_ydata()) == [r["loss"] for r in steps]
-    assert list(smoothed[1].get_ydata()) == _smoothed([r["loss"] for r in steps])
+    assert list(smooth[1].get_ydata()) == smoothed([r["loss"] for r in steps])
     assert ("RankMe" in curves) == ("k-NN accuracy, %" in curves) == (probe_every is not None)
     if probe_every is not None:
         assert [p["step"] for p in probes] == curves["RankMe"][0][0]
@@ -320,11 +320,11 @@ def test_time_left_in_days():
 
 
 def test_smoothed_loss_follows_a_constant_and_lags_a_step():
-    assert _smoothed([2.0] * 5) == [2.0] * 5
-    smoothed = _smoothed([0.0] + [1.0] * 200)
-    assert smoothed[0] == 0
-    assert all(a < b for a, b in itertools.pairwise(smoothed[:50]))
-    assert math.isclose(smoothed[-1], 1, abs_tol=1e-5)
+    assert smoothed([2.0] * 5) == [2.0] * 5
+    smooth = smoothed([0.0] + [1.0] * 200)
+    assert smooth[0] == 0
+    assert all(a < b for a, b in itertools.pairwise(smooth[:50]))
+    assert math.isclose(smooth[-1], 1, abs_tol=1e-5)
 
 
 def test_every_column_is_documented_in_its_order():

@@ -3,7 +3,7 @@ import argparse
 import sys
 
 from ijepa_fast.cli import command
-from ijepa_fast.view import attention, features, masks, predictions
+from ijepa_fast.view import attention, features, masks, predictions, runs
 
 
 @command
@@ -20,7 +20,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m ijepa_fast.view", description="Draw what a run does, and what its model has learned."
     )
     pictures = parser.add_subparsers(title="pictures", metavar="PICTURE", required=True)
-    for picture in (masks, features, predictions, attention):
+    for picture in (masks, features, predictions, attention, runs):
         picture.add_command(pictures)
     return parser
 

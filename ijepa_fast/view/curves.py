@@ -17,7 +17,7 @@ def draw_curves(folder: Path) -> Path:
 
     values = [row["loss"] for row in steps]
     loss.plot(x, values, color="#9db7d5", linewidth=0.8, label="each update")
-    loss.plot(x, _smoothed(values), color="#1f4e8c", linewidth=1.6, label="smoothed")
+    loss.plot(x, smoothed(values), color="#1f4e8c", linewidth=1.6, label="smoothed")
     loss.set_title("loss (says little by itself: the targets move)")
     loss.legend(frameon=False)
 
@@ -55,7 +55,7 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def _smoothed(values: list[float], span: int = 25) -> list[float]:
+def smoothed(values: list[float], span: int = 25) -> list[float]:
     smoothed: list[float] = []
     for value in values:
         before = smoothed[-1] if smoothed else value
