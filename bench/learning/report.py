@@ -107,7 +107,9 @@ def trials(records: list[Record]) -> list[str]:
     for (arm, provider), group in groups.items():
         begin, end = [r["points"][0] for r in group], [r["points"][-1] for r in group]
         cells = [arm if provider == "ours" else f"{arm}, {provider}", difference(group[0]["config"], reference)]
-        cells += [str(len(group)), f"{mean(p['minutes'] for p in end):.1f}", f"{mean(p['updates'] for p in end):.0f}"]
+        minutes, planned = mean(p["minutes"] for p in end), group[0]["minutes"]
+        stopped = f" of {planned:g}" if minutes < planned else ""  # its schedule had not ended
+        cells += [str(len(group)), f"{minutes:.1f}{stopped}", f"{mean(p['updates'] for p in end):.0f}"]
         for column, digits in ((SHOWN[0], 1), (SHOWN[1], 1), (SHOWN[2], 1), ("rankme", 1), ("std", 2)):
             before, after = (mean(p[column] for p in points) for points in (begin, end))
             cells.append(f"{before:.{digits}f} -> {after:.{digits}f}")
