@@ -28,7 +28,7 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
         elif config.train.init_from is not None:
             init_from(config.train.init_from, run.state, run.world)
     console.print(environment(config, run.world))
-    for remark in remarks(config, run.schedule.steps_per_epoch):
+    for remark in remarks(config, run.schedule.steps_per_epoch, run.world.device.type):
         console.print(f"note: {remark}")
     batches = loader.batches(0, 2)
     set_rates(run.state.optimizer, run.schedule, 0)

@@ -2,8 +2,11 @@
 from ijepa_fast.config import Config
 
 
-def remarks(config: Config, steps_per_epoch: int) -> list[str]:
-    """A sentence on each key whose value the run will never come to. `steps_per_epoch`: updates in an epoch."""
+def remarks(config: Config, steps_per_epoch: int, device: str = "cuda") -> list[str]:
+    """A sentence on each key whose value the run will never come to, or that is slow on this device.
+
+    `steps_per_epoch`: updates in an epoch; `device`: "cpu" or "cuda".
+    """
     optim, log, train = config.optim, config.log, config.train
     total, said = optim.epochs * steps_per_epoch, []
     if optim.warmup_epochs > optim.epochs:
@@ -18,4 +21,13 @@ def remarks(config: Config, steps_per_epoch: int) -> list[str]:
         said.append(f"log.probe_every={log.probe_every} is past the end, step {total}: probes at both ends")
     if train.checkpoint_every is not None and train.checkpoint_every > total:
         said.append(f"train.checkpoint_every={train.checkpoint_every} is past the end, step {total}: one at the end")
+    if device == "cpu" and config.model.compute_dtype == "bfloat16" and not multiplies_bfloat16():
+        said.append("this CPU has no instructions for model.compute_dtype=bfloat16: float32 is faster on it")
     return said
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has products of bfloat16: AVX512_BF16 or AMX of x86, BF16 of ARM."""
+    import torch
+
+    return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)

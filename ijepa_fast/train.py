@@ -74,7 +74,7 @@ def train(run: Run, console: Console, *, resume: bool, extend: bool = False) -> 
         account = Account(config.train.folder, len(index), config.data.max_bad_fraction)
         account.restore(checkpoints.bad_images, first, write=world.is_main)
         console.print(environment(config, world))
-        for remark in remarks(config, run.schedule.steps_per_epoch):
+        for remark in remarks(config, run.schedule.steps_per_epoch, world.device.type):
             console.print(f"note: {remark}")
         if run.probe is not None and run.probe.unlabelled:
             console.print(f"note: probes measure no accuracy: {run.probe.unlabelled}")

@@ -2,6 +2,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ijepa_fast import yaml_core
@@ -152,6 +153,16 @@ def test_remarks_on_what_the_run_never_comes_to():
     assert checkpoints == "train.checkpoint_every=201 is past the end, step 200: one at the end"
     (down,) = remarks(validate(base | {"optim": {"lr": 1e-4}}, "x"), 1000)
     assert down == "optim.start_lr=0.0002 is above optim.lr=0.0001: the warm-up goes down"
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_remark_on_bfloat16_where_a_cpu_is_slow_at_it(capable, monkeypatch):
+    config = validate({"data": {"root": "a"}, "model": {"compute_dtype": "bfloat16"}}, "x")
+    found = {"avx2": True, "avx512_bf16": capable, "amx_bf16": False}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    slow = "this CPU has no instructions for model.compute_dtype=bfloat16: float32 is faster on it"
+    assert remarks(config, 1000, "cpu") == ([] if capable else [slow])
+    assert remarks(config, 1000, "cuda") == []
 
 
 def test_the_last_override_of_a_key_counts(tmp_path):

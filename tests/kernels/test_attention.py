@@ -99,6 +99,14 @@ def test_matches_dense_float64(lengths, device):
     assert_near(run(varlen_attention, qkv, cu_seqlens, grad, bound, scale=0.3), expected, torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("lengths", [[19, 19, 5], [300]], ids=["products", "fused"])
+def test_a_cpu_attends_in_fp32_and_rounds_once(lengths, dtype):
+    qkv, cu_seqlens = packed_qkv(lengths, 3, 16, dtype)
+    wide = attention_torch.forward(*qkv.float().unbind(1), cu_seqlens, 0.25)[0]
+    assert torch.equal(attention_torch.forward(*qkv.unbind(1), cu_seqlens, 0.25)[0], wide.to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", attention_triton.HEAD_DIMS)
 def test_every_head_dim_and_dtype(head_dim, dtype, device):
