@@ -64,6 +64,7 @@ def trained():
     return decoder.eval()
 
 
+@pytest.mark.long
 def test_samples_agree_where_the_features_tell_and_differ_where_they_do_not(trained):
     told = torch.tensor([[0.6, -0.6, 0.0]])[:, :, None, None].expand(12, -1, 8, 8)
     samples = to_float(trained.sample(told, torch.Generator().manual_seed(0))).mean((2, 3))  # [12, 3]
@@ -72,6 +73,7 @@ def test_samples_agree_where_the_features_tell_and_differ_where_they_do_not(trai
     assert samples[:, 2].std() > 2 * samples[:, :2].std(0).max()
 
 
+@pytest.mark.long
 def test_one_seed_gives_one_sample(trained):
     told = torch.zeros(2, 3, 8, 8)
     first, again, other = (trained.sample(told, torch.Generator().manual_seed(s), steps=2) for s in (1, 1, 2))
@@ -79,6 +81,7 @@ def test_one_seed_gives_one_sample(trained):
     assert not torch.equal(first, other)
 
 
+@pytest.mark.long
 def test_a_file_gives_the_same_decoder_back(trained, tmp_path):
     path = tmp_path / "new" / "d.safetensors"
     save(trained, path, {"weights": "w"})
@@ -88,6 +91,7 @@ def test_a_file_gives_the_same_decoder_back(trained, tmp_path):
     assert torch.equal(back(x, t, told), trained(x, t, told))
 
 
+@pytest.mark.long
 def test_other_files_are_refused(trained, tmp_path):
     whole, path = tmp_path / "whole.safetensors", tmp_path / "d.safetensors"
     save(trained, whole, {})
@@ -114,6 +118,7 @@ def test_the_commands_train_and_show(photographs, capfd):
         assert sheet.width == 2 * 36 + 4 * (222 + 14) - 14  # context, block, two samples
 
 
+@pytest.mark.long
 def test_mistakes_are_one_sentence(photographs, capfd, trained, tmp_path):
     save(trained, tmp_path / "other.safetensors", {})
     for words, sentence in (

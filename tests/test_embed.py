@@ -163,6 +163,7 @@ def test_pairs_of_files_are_told(photographs, expected, capfd):
     assert not os.path.exists("features.npy")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("with_query", [False, True])
 def test_neighbours_in_a_folder_are_drawn(with_query, photographs, capfd, tmp_path):
     query = tmp_path / "query.jpg"

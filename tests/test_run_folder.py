@@ -99,6 +99,7 @@ def test_the_index_never_descends_into_a_run_folder(tmp_path):
     assert tree.skipped["run folder"] == 1
 
 
+@pytest.mark.long
 def test_a_live_run_is_not_resumed(train, copy):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file() and path.name != MARKER}
     lock = RunLock(copy)
@@ -111,6 +112,7 @@ def test_a_live_run_is_not_resumed(train, copy):
 # --- resumed, longer, or not ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_is_extended_and_says_so(train, copy):
     longer = ("optim.epochs=2", "optim.epoch_length=2", f"train.folder={copy}", "--resume")
     sentence = train(*longer).error
@@ -137,11 +139,13 @@ def test_extend_without_resume_is_a_mistake_of_the_command(capsys, tiny_config):
     assert "--extend goes with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.long
 def test_a_taken_folder_is_answered_with_a_free_one(train, copy):
     copy.with_name(copy.name + "_2").mkdir()
     assert f"for instance train.folder={copy}_3" in train(*SHORT, f"train.folder={copy}").error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
 @pytest.mark.parametrize("junk", ["junk\n", "null\n", "[" * 10_000 + "\n", '{"step": "x"}\n'])
 def test_junk_in_a_log_is_named(name, junk, copy, tmp_path):
@@ -161,6 +165,7 @@ def test_junk_in_a_log_is_named(name, junk, copy, tmp_path):
 # --- what a dry run sees ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_dry_run_checks_the_run_folder_and_the_weights(train, finished, tmp_path):
     words = (*SHORT, "--dry-run")
     assert "already holds a run" in train(*words, f"train.folder={finished}").error
@@ -232,6 +237,7 @@ def test_a_lost_terminal_ends_no_run_before_it_has_saved():
     assert process.wait(60) == 7
 
 
+@pytest.mark.long
 def test_a_run_that_gets_no_images_saves_and_leaves(photographs, tiny_config, tmp_path):
     """A read hangs after some updates, as on a dead mount; SIGTERM ends the run with those saved."""
     root, folder = tmp_path / "data", tmp_path / "run"
@@ -268,6 +274,7 @@ raise SystemExit(main(["--config", {str(tiny_config)!r}, "data.root={root}", "tr
 # --- full disks and full pipes ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_a_full_standard_output_is_named():
     words = [sys.executable, "-m", "ijepa_fast", "env"]
