@@ -4,7 +4,8 @@ Every provider pretrains from the same initial weights, on the images of ROOT/tr
 wall time; on a CPU it is the CPU time of this process, so that it does not matter what else the machine does. On the
 way and at the end the same probes look at the target encoder's features. They are fitted to four fifths of ROOT/train
 and scored on the fifth that is held out, so that a recipe can be chosen; only with `--final` are they fitted to all of
-it and scored on ROOT/val. A record is written after every probe; `bench/learning/README.md` is made of the records.
+it and scored on ROOT/val, at both ends also by the protocols of `ijepa_fast.evaluate`. A record is written after every
+probe; `bench/learning/README.md` is made of the records.
 """
 import argparse
 import json
@@ -29,9 +30,10 @@ from ijepa_fast.evaluation.dataset import DataSet, open_dataset
 from ijepa_fast.evaluation.features import Extractor, Features
 from ijepa_fast.evaluation.frozen import Pixels, prepare
 from ijepa_fast.evaluation.knn import knn_accuracy
-from ijepa_fast.evaluation.logistic import fit_logistic
+from ijepa_fast.evaluation.logistic import choose_logistic, fit_logistic
 from ijepa_fast.evaluation.rank import rankme, spread
 from ijepa_fast.evaluation.split import stratified
+from ijepa_fast.evaluation.suite import LAST, LAST_FOUR, Task, linear_rows, logistic_rows
 from ijepa_fast.malloc import keep_freed_memory
 from ijepa_fast.model import VisionTransformer
 from ijepa_fast.run import build_run
@@ -41,6 +43,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "learning" / "results"
 HELD_OUT, HELD_OUT_SEED = 0.2, 123
 C, NEIGHBOURS = 0.1, 20
+SHORT = {LAST: "last", LAST_FOUR: "last four"}
 LOSSES = 100  # updates that the recorded loss is a mean of
 
 
@@ -130,9 +133,9 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
     with build_run(config, world) as run:
         learner = LEARNERS[provider](run, args.released)
         decoder = run.data.source.decoder
-        record["pixels"] = pixels(data, decoder, world)
+        record |= pixels(data, decoder, world)
         points.append({"minutes": 0.0, "updates": 0, "loss": None})
-        points[-1] |= probe(learner.target_encoder(), data, decoder, world)
+        points[-1] |= probe(learner.target_encoder(), data, decoder, world, protocols=args.final)
         tell(record)
         batches, clock, losses, step = run.data.loader.batches(0, 2**40), Clock(world.device), list[Tensor](), 0
         for point in range(1, args.points + 1):
@@ -143,7 +146,8 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
                 step += 1
             loss = float(torch.stack(losses[-LOSSES:]).mean())
             points.append({"minutes": clock.minutes, "updates": step, "loss": loss})
-            points[-1] |= probe(learner.target_encoder(), data, decoder, world)
+            at_end = args.final and point == args.points
+            points[-1] |= probe(learner.target_encoder(), data, decoder, world, protocols=at_end)
             tell(record)
             write_durably(file, json.dumps(record, indent=1) + "\n")
         run.data.loader.close()
@@ -155,8 +159,14 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
             save_file(named, args.keep / f"{args.arm}-{provider}-{seed}.safetensors")
 
 
-def probe(encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: World) -> dict[str, float]:
-    """Accuracies in per cent and the shape of the features, on the CPU."""
+def probe(
+    encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: World, *, protocols: bool = False
+) -> dict[str, float]:
+    """Accuracies in per cent and the shape of the features, on the CPU.
+
+    `protocols`: also what `ijepa_fast.evaluate` reports, which takes a minute: "chosen" is logistic regression with its
+    penalty chosen within what it is fitted to, "linear" the paper's probe.
+    """
     train, val = features(frozen(encoder), data, decoder, world)
     labels, truth = torch.from_numpy(data.train.labels), torch.from_numpy(data.val.labels)
     shape = spread(val.last)
@@ -164,6 +174,10 @@ def probe(encoder: VisionTransformer, data: DataSet, decoder: Decoder, world: Wo
     for name, fitted, scored in (("last", train.last, val.last), ("last four", train.last_four, val.last_four)):
         values[f"logistic {name}"] = 100 * accuracy(fitted, labels, scored, truth)
     values["k-NN"] = 100 * knn_accuracy(train.last, labels, val.last, truth, k=NEIGHBOURS)
+    if protocols:
+        task = Task(train, val, labels, truth, int(labels.max()) + 1, torch.device("cpu"))
+        for name, rows in (("chosen", logistic_rows(task)[0]), ("linear", linear_rows(task))):
+            values |= {f"{name} {SHORT[row.features]}": 100 * row.value for row in rows}
     return values
 
 
@@ -185,11 +199,15 @@ def features(model: nn.Module, data: DataSet, decoder: Decoder, world: World) ->
     return cast(list[Features], [extractor.features(part, "probe") for part in (data.train, data.val)])
 
 
-def pixels(data: DataSet, decoder: Decoder, world: World) -> float:
-    """Accuracy in per cent of the same classifier on central crops of 16 x 16 pixels."""
+def pixels(data: DataSet, decoder: Decoder, world: World) -> dict[str, float]:
+    """Accuracy in per cent of the same classifiers on central crops of 16 x 16 pixels."""
     train, val = features(Pixels(), data, decoder, world)
     labels, truth = torch.from_numpy(data.train.labels), torch.from_numpy(data.val.labels)
-    return 100 * accuracy(train.last, labels, val.last, truth)
+    chosen = choose_logistic(train.last, labels).predict(val.last) == truth
+    return {
+        "pixels": 100 * accuracy(train.last, labels, val.last, truth),
+        "pixels chosen": 100 * float(chosen.double().mean()),
+    }
 
 
 def tell(record: dict[str, Any]) -> None:
