@@ -4,11 +4,16 @@ Measures images/s of every decoder and thread count on random crops of the image
 and after one that fills the file cache, and how far each decoder's pixels are from Pillow's. With `--step-ms`, the time
 of a training step (the log's `time (ms)`), also what the step needs.
 """
-import argparse
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["tune", *sys.argv[1:]]))
+
 import contextlib
 import os
 import statistics
-import sys
 import time
 from typing import Any, Literal
 
@@ -18,6 +23,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from ijepa_fast import arguments_data
 from ijepa_fast.cli import command
 from ijepa_fast.config import load_config
 from ijepa_fast.data.decoder import build_decoder
@@ -26,20 +32,11 @@ from ijepa_fast.data.index import build_index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, crop_boxes
 from ijepa_fast.data.subset import select
-from ijepa_fast.errors import UserError
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast.data.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a YAML file, as for training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    parser.add_argument("--images", type=int, default=256, help="images of a round (256)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, interleaved; the median counts (3)")
-    parser.add_argument("--step-ms", type=float, help="time of a step of this rank: shows the images/s that it needs")
-    args = parser.parse_intermixed_args(argv)
-    if args.images < 1 or args.rounds < 1:
-        raise UserError("--images and --rounds must be at least 1")
+    args = arguments_data.tune(argv)
     config, _ = load_config(args.config, args.overrides)
     data, console = config.data, Console(highlight=False, soft_wrap=True)
     whole = build_index(data.root, threads=data.threads, report=lambda line: console.print(line, markup=False))
@@ -102,7 +99,3 @@ def measure(
         difference = (pixels[name] - pixels["pillow"]).abs()
         far[name] = difference.float().mean().item(), int(difference[:, 1:-1, 1:-1].max())
     return rates, far
-
-
-if __name__ == "__main__":
-    sys.exit(main())
