@@ -23,7 +23,7 @@ from rich.console import Console
 from torch import Tensor
 
 from ijepa_fast import arguments_weights
-from ijepa_fast.cli import command
+from ijepa_fast.cli import command, console
 from ijepa_fast.data.decoder import Decoder, build_decoder
 from ijepa_fast.distributed import World, join_replicas
 from ijepa_fast.evaluation import suite
@@ -46,8 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     with join_replicas(args.threads) as world:
         # Where output is no terminal: a table as wide as it needs to be, and paths on one line.
-        width = None if sys.stdout.isatty() else 140
-        console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True, width=width)
+        out = console(quiet=not world.is_main, width=None if sys.stdout.isatty() else 140)
         for folder in (args.json and args.json.parent, args.out):  # before the work, not after it
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -58,25 +57,25 @@ def main(argv: list[str] | None = None) -> None:
             chosen = None if args.list is None else listed(data.train, args.list)
         threads = args.threads or len(os.sched_getaffinity(0))
         with _decoder(args.decoder, threads, world) as decoder:
-            task = _features(args, model, data, decoder, world, threads, console)
+            task = _features(args, model, data, decoder, world, threads, out)
             rows: list[Row] = []
             probabilities = torch.empty(0)
             with world.raise_on_all_ranks(world.long_timeout_group()):
                 if task is not None:
                     _warn_of_shared(task, data)
-                    rows, probabilities = _frozen_rows(args, task, data, chosen, console)
-            images = Images(decoder, world, model.encoder.image_size, threads, args.seed, console)
+                    rows, probabilities = _frozen_rows(args, task, data, chosen, out)
+            images = Images(decoder, world, model.encoder.image_size, threads, args.seed, out)
             if "attentive" in args.probe:
                 rows += attentive_rows(model, data, images, epochs=args.epochs, lr=args.lr)
             if "finetune" in args.probe:
                 rows += finetune_rows(model, data, images, chosen=chosen, epochs=args.epochs, lr=args.lr)
             if world.is_main:
                 about = _about(args, data, model, world, time.perf_counter() - started)
-                _report(args, rows, about, console)
+                _report(args, rows, about, out)
                 if args.out is not None:
                     file = args.out / "evaluation.png"
                     draw(file, rows, data, probabilities, decoder, title=_title(about))
-                    console.print(f"picture     {file}", markup=False)
+                    out.print(f"picture     {file}")
 
 
 def _open_data(args: argparse.Namespace, world: World) -> DataSet:
@@ -194,7 +193,7 @@ def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, Any], co
     console.print(table(rows, _title(about)))
     images = f"{about['train_images']} images to train on, {about['val_images']} evaluated"
     classes = f"{len(about['classes'])} classes"
-    console.print(f"{images}, {classes}; {about['split']}. {about['seconds']:.0f} s.", markup=False)
+    console.print(f"{images}, {classes}; {about['split']}. {about['seconds']:.0f} s.")
     if args.json is not None:
         write_json(args.json, rows, about)
-        console.print(f"results     {args.json}", markup=False)
+        console.print(f"results     {args.json}")

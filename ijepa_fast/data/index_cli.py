@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ijepa_fast import arguments_data
-from ijepa_fast.cli import command
+from ijepa_fast.cli import command, console
 from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.index import build_index, cache_path, describe
@@ -32,11 +32,7 @@ _CHUNK = 256  # images between two notes of how far the verification is
 @command
 def main(argv: list[str] | None = None) -> None:
     args = arguments_data.index(argv)
-    console = Console(highlight=False, soft_wrap=True)
-
-    def report(line: str) -> None:
-        console.print(line, markup=False)
-
+    report = console().print
     for root in args.roots:
         index = build_index(root, threads=args.workers, report=report)
         real = os.path.realpath(os.path.expanduser(root))

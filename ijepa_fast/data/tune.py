@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ijepa_fast import arguments_data
-from ijepa_fast.cli import command
+from ijepa_fast.cli import command, console
 from ijepa_fast.config import load_config
 from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.formats import ImageError
@@ -38,8 +38,8 @@ from ijepa_fast.data.subset import select
 def main(argv: list[str] | None = None) -> None:
     args = arguments_data.tune(argv)
     config, _ = load_config(args.config, args.overrides)
-    data, console = config.data, Console(highlight=False, soft_wrap=True)
-    whole = build_index(data.root, threads=data.threads, report=lambda line: console.print(line, markup=False))
+    data, out = config.data, console()
+    whole = build_index(data.root, threads=data.threads, report=out.print)
     index = select(whole, data)
     count = min(args.images, len(index))
     ids = GlobalBatchSampler(len(index), count, config.train.seed, data.shuffle).ids(0)
@@ -52,16 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     for (name, threads), (rate, reading) in sorted(rates.items(), key=lambda item: -item[1][0]):
         mean, most = far[name]
         table.add_row(name, str(threads), f"{rate:,.0f}", f"{reading:.0%} of the time", f"{mean:.2f}, {most}")
-    console.print(table)
+    out.print(table)
     best = max(((key, rate) for key, (rate, _) in rates.items() if key[0] != "scaled"), key=lambda item: item[1])
-    console.print(f"fastest within a grey level of Pillow: data.decoder={best[0][0]} data.threads={best[0][1]}")
+    out.print(f"fastest within a grey level of Pillow: data.decoder={best[0][0]} data.threads={best[0][1]}")
     if args.step_ms is not None:
         needed = config.optim.global_batch_size / args.step_ms * 1000
         share = best[1] / needed
-        console.print(f"a step of {config.optim.global_batch_size} images in {args.step_ms:g} ms needs {needed:,.0f} "
-                      f"images/s over all ranks: {1 / share:.1f} loaders like this one")  # fmt: skip
+        out.print(f"a step of {config.optim.global_batch_size} images in {args.step_ms:g} ms needs {needed:,.0f} "
+                  f"images/s over all ranks: {1 / share:.1f} loaders like this one")  # fmt: skip
     else:
-        console.print("--step-ms MS (`time (ms)` of the log) shows what a step needs")
+        out.print("--step-ms MS (`time (ms)` of the log) shows what a step needs")
 
 
 def measure(
