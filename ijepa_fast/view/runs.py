@@ -52,7 +52,9 @@ def draw_runs(folders: Sequence[Path], out: Path) -> Path:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     loss.set_ylim(bottom=0)
     legend.axis("off")
-    legend.legend(*loss.get_legend_handles_labels(), loc="center left", frameon=False)
+    names = legend.legend(*loss.get_legend_handles_labels(), loc="center left", frameon=False)
+    for text in names.get_texts():
+        text.set_parse_math(False)  # a folder's name is no formula, whatever dollars it holds
     try:
         figure.savefig(out, format="png")
     except OSError as error:
