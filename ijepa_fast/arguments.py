@@ -101,7 +101,10 @@ def plan(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="in the training set, for the days; ImageNet's known from data.root")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     parser.add_argument("--out", type=Path, help="also draw images/s from 8 to 1024 GPUs into this picture")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
+    return args
 
 
 def checkpoint(argv: list[str] | None) -> argparse.Namespace:

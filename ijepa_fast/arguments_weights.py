@@ -4,6 +4,7 @@ from pathlib import Path
 
 from ijepa_fast.errors import UserError
 
+FEATURES = (".npy", ".safetensors", ".parquet")  # that `embed` writes, see feature_file
 FORMATS = ("run", "released", "hf", "safetensors", "timm")  # that `convert` writes
 DEFAULT = ("knn", "logistic", "linear")
 PROBES = (*DEFAULT, "lowshot", "attentive", "finetune", "regress")
@@ -123,7 +124,7 @@ def embed(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file or folder of another format")
     parser.add_argument("images", type=Path, nargs="+", help="files, or folders of images at any depth")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=".npy, .safetensors, .parquet; default: features.npy")
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{', '.join(FEATURES)}; default: features.npy")
     parser.add_argument("--similar", action="store_true", help="print or draw what is alike; writes no features "
                         "unless --out is given")  # fmt: skip
     parser.add_argument("--sheet", type=Path, default=Path("similar.png"), metavar="PNG", help="default: similar.png")
@@ -134,4 +135,6 @@ def embed(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_intermixed_args(argv)
     if args.batch < 1 or args.layers < 1:
         raise UserError(f"--batch and --layers must be at least 1, not {args.batch} and {args.layers}")
+    if args.out is not None and args.out.suffix not in FEATURES:
+        raise UserError(f"--out {args.out}: features are written as {', '.join(FEATURES)}")
     return args

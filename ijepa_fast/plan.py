@@ -343,8 +343,6 @@ def main(argv: list[str] | None = None) -> None:
     batch = config.optim.global_batch_size
     if args.gpus < 1 or batch % args.gpus:
         raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
     if args.images is not None and args.images < batch:
         raise UserError(f"--images={args.images} is fewer than one global batch of {batch}")
     known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))

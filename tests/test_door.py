@@ -54,6 +54,8 @@ MISTAKES = {  # words: what is said
     "convert a . --to timm": ". is there already",
     "evaluate a --data . --probe knm": "there is no probe 'knm'",
     "evaluate a --data . --splits 0": "--splits must be at least 1",
+    "plan --config demo --gpus 8 --mfu 45": "--mfu=45.0 must be a share of the peak",
+    "embed a . --out f.csv": "--out f.csv: features are written as .npy, .safetensors, .parquet",
     "embed a . --layers 0": "--batch and --layers must be at least 1, not 64 and 0",
 }
 
@@ -156,10 +158,17 @@ def test_demo_help_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_gpus_of_plan_are_those_it_knows():
+def test_what_arguments_repeat_is_what_the_commands_know():
+    from ijepa_fast.arguments_weights import FEATURES
+    from ijepa_fast.data.formats import MAX_PIXELS
+    from ijepa_fast.evaluation.lowshot import SPLITS
+    from ijepa_fast.feature_file import SUFFIXES
     from ijepa_fast.plan import GPUS
 
     assert set(arguments.GPUS) == set(GPUS)
+    assert FEATURES == SUFFIXES
+    assert arguments.PARSERS["index"](["."]).max_pixels == MAX_PIXELS
+    assert SPLITS == 5  # as the help of `evaluate` says
 
 
 def test_env(capsys, monkeypatch, tmp_path):
