@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from ijepa_fast import arguments_data, arguments_pictures, arguments_weights
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.splits import check_one_split
@@ -100,7 +101,10 @@ def plan(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, help="in the training set, for the days; ImageNet's known from data.root")
     parser.add_argument("--json", action="store_true", help="print the plans as JSON")
     parser.add_argument("--out", type=Path, help="also draw images/s from 8 to 1024 GPUs into this picture")
-    return parser.parse_intermixed_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
+    return args
 
 
 def checkpoint(argv: list[str] | None) -> argparse.Namespace:
@@ -123,6 +127,13 @@ PARSERS: dict[str, Callable[[list[str] | None], argparse.Namespace]] = {
     "plan": plan,
     "checkpoint": checkpoint,
     "env": env,
+    "view": arguments_pictures.view,
+    "decode": arguments_pictures.decode,
+    "index": arguments_data.index,
+    "tune": arguments_data.tune,
+    "convert": arguments_weights.convert,
+    "evaluate": arguments_weights.evaluate,
+    "embed": arguments_weights.embed,
 }
 
 
@@ -133,11 +144,8 @@ def check(name: str, argv: list[str]) -> None:
     """Answer --help, and raise or exit for a mistake in the arguments, the config or the name of the data folder."""
     if (mode := os.environ.get("IJEPA_KERNELS", "auto")) not in KERNELS:
         raise UserError(f"IJEPA_KERNELS={mode} is none of {', '.join(KERNELS)}")
-    parse = PARSERS.get(name)
-    if parse is None:
-        return  # its module alone knows its arguments
-    args = parse(argv)
-    if "config" in args:
+    args = PARSERS[name](argv)
+    if getattr(args, "config", None) is not None:
         config, _ = load_config(args.config, args.overrides)
         if name == "train" and not args.print_config:
             check_root(config)

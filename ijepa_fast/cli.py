@@ -73,9 +73,9 @@ def _let_go_of_full_stdout() -> str:
         return "standard output: "
 
 
-def console(*, quiet: bool = False) -> "Console":
+def console(*, quiet: bool = False, width: int | None = None) -> "Console":
     """A console that prints what it is given: nothing that a user, a file or a library wrote is read as markup."""
     from rich.console import Console
 
     # soft_wrap: a path stays on one line where output is no terminal.
-    return Console(quiet=quiet, highlight=False, soft_wrap=True, markup=False, emoji=False)
+    return Console(quiet=quiet, width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)

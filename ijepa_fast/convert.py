@@ -2,13 +2,19 @@
 
 What is read: everything that `ijepa_fast.load` reads. What is written is whole or not there, and nothing is replaced.
 """
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["convert", *sys.argv[1:]]))
+
 import argparse
 import importlib
-import sys
-from pathlib import Path
 
 import ijepa_fast.weights.ours as ours
 import ijepa_fast.weights.released as released
+from ijepa_fast import arguments_weights
 from ijepa_fast.cli import command
 from ijepa_fast.config import Config, load_config, validate
 from ijepa_fast.errors import UserError
@@ -16,18 +22,10 @@ from ijepa_fast.weights.contents import Contents, architectures
 from ijepa_fast.weights.load import read
 from ijepa_fast.weights.run_folder import read_training, write_run
 
-FORMATS = ("run", "released", "hf", "safetensors", "timm")
-
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
-    if args.to != "run" and (args.config or args.overrides):
-        raise UserError(f"--to {args.to} takes no config; a run needs one")
-    if args.to in ("run", "released") and args.which:
-        raise UserError(f"--to {args.to} writes both encoders; leave out --which")
-    if args.dst.exists():
-        raise UserError(f"{args.dst} is there already; choose another name, or remove it first")
+    args = arguments_weights.convert(argv)
     contents = read(args.src)
     architecture, predictor_size = architectures(contents, str(args.src))
     for note in contents.about.get("notes", ()):
@@ -83,25 +81,3 @@ def _to_weights(args: argparse.Namespace, contents: Contents) -> None:
     module = importlib.import_module("ijepa_fast.weights." + {"hf": "huggingface", "timm": "timm"}[args.to])
     module.write(args.dst, contents, which)
     print(f"{args.dst}: the {which} encoder")
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.convert",
-        description="Write weights in another format: a run of ours that can be resumed, a checkpoint that the "
-        "released code goes on from, a Hugging Face or timm folder, or one safetensors file.",
-        epilog="Examples: python -m ijepa_fast.convert runs/vith14 vith14-hf --to hf; python -m ijepa_fast.convert "
-        "IN1K-vit.h.14-300e.pth.tar runs/more --to run --config in1k_vith14_ep300.yaml data.root=/data/imagenet/train",
-    )
-    parser.add_argument("src", type=Path, metavar="SRC", help="weights of any format that ijepa_fast.load reads")
-    parser.add_argument("dst", type=Path, metavar="DST", help="what to write; it must not be there yet")
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--which", choices=("target", "context"), help="the encoder; by default, of hf and timm the "
-                        "target encoder where SRC holds it, of safetensors everything")  # fmt: skip
-    parser.add_argument("--config", help="of --to run: the recipe, a released YAML or ours; a run of ours has it")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of --to run: keys to replace")
-    return parser.parse_intermixed_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -4,9 +4,14 @@ A row is the mean over the patches of the central crop, as the paper evaluates (
 and decoding run a batch ahead of the encoder, and what is done is on the disk: memory holds a few batches, and the same
 command goes on where it was stopped.
 """
-import argparse
-import itertools
 import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["embed", *sys.argv[1:]]))
+
+import itertools
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -20,11 +25,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 import ijepa_fast
+from ijepa_fast import arguments_weights
 from ijepa_fast.cli import command
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.data.index import Index
-from ijepa_fast.errors import UserError
-from ijepa_fast.feature_file import SUFFIXES, FeatureFile
+from ijepa_fast.feature_file import FeatureFile
 from ijepa_fast.view.neighbours import neighbours_sheet
 
 if TYPE_CHECKING:
@@ -35,9 +40,7 @@ MOST_PAIRED = 16  # so many files are told pair by pair
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = _parse(argv)
-    if args.batch < 1 or args.layers < 1:
-        raise UserError(f"--batch and --layers must be at least 1, not {args.batch} and {args.layers}")
+    args = arguments_weights.embed(argv)
     index = index_images(args.images)
     model = load(args.weights, args.which, args.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,29 +129,3 @@ def _bar() -> Progress:
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
         console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty(),
     )  # fmt: skip
-
-
-def _parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.embed",
-        description="Write the features of images, and tell which are alike. Rows are in the order of the images; "
-        "beside .npy and .safetensors a .csv lists their paths and classes. The same command goes on where it stopped.",
-        epilog="Examples: python -m ijepa_fast.embed WEIGHTS cat.jpg dog.jpg --similar (prints their cosine "
-        "similarity); python -m ijepa_fast.embed WEIGHTS cat.jpg PHOTOGRAPHS --similar (draws what is nearest to "
-        "cat.jpg); python -m ijepa_fast.embed WEIGHTS PHOTOGRAPHS --out photographs.safetensors",
-    )
-    parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file or folder of another format")
-    parser.add_argument("images", type=Path, nargs="+", help="files, or folders of images at any depth")
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{', '.join(SUFFIXES)}; default: features.npy")
-    parser.add_argument("--similar", action="store_true", help="print or draw what is alike; writes no features "
-                        "unless --out is given")  # fmt: skip
-    parser.add_argument("--sheet", type=Path, default=Path("similar.png"), metavar="PNG", help="default: similar.png")
-    parser.add_argument("--which", choices=("target", "context"), default="target", help="encoder; default: target")
-    parser.add_argument("--layers", type=int, default=1, metavar="N", help="concatenate the last N; default: 1")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images at a time; default: 64")
-    parser.add_argument("--device", metavar="NAME", help="default: cuda where there is one, else cpu")
-    return parser.parse_intermixed_args(argv)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

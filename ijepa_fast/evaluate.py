@@ -2,11 +2,17 @@
 
 What each probe does and where its protocol comes from stands in the files of `evaluation/`.
 """
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["evaluate", *sys.argv[1:]]))
+
 import argparse
 import contextlib
 import datetime
 import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +22,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ijepa_fast.cli import command
+from ijepa_fast import arguments_weights
+from ijepa_fast.cli import command, console
 from ijepa_fast.data.decoder import Decoder, build_decoder
 from ijepa_fast.distributed import World, join_replicas
 from ijepa_fast.evaluation import suite
@@ -32,96 +39,14 @@ from ijepa_fast.evaluation.regress import regress_rows
 from ijepa_fast.evaluation.results import Row, table, write_json
 from ijepa_fast.evaluation.supervised import Images
 
-DEFAULT = ("knn", "logistic", "linear")
-PROBES = (*DEFAULT, "lowshot", "attentive", "finetune", "regress")
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.evaluate",
-        description="Evaluate an encoder: RankMe and the spread of its features, and the probes asked for.",
-        epilog="Example: python -m ijepa_fast.evaluate runs/mine --data /data/imagenet --json mine.json. Under "
-        "torchrun all ranks compute features and train, and the numbers of frozen features are the same.",
-    )
-    add = parser.add_argument
-    add(
-        "weights",
-        metavar="WEIGHTS",
-        help="what ijepa_fast.load takes; or a baseline: random:vit_small/16@224 (random weights; #1 after it for seed "
-        "1), or pixels (the 16 x 16 pixels of an image)",
-    )
-    add("--which", choices=("target", "context"), default="target", help="encoder (default: target)")
-    add("--probe", type=_probes, default=DEFAULT, metavar="NAME[,NAME]",
-        help=f"of {', '.join(PROBES)} (default: {','.join(DEFAULT)})")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all rows there")
-    add("--out", type=Path, metavar="FOLDER",
-        help="draw evaluation.png there: accuracy against labels used, confusion matrix, worst-classified images "
-        "(adds logistic and lowshot)")  # fmt: skip
-
-    data = parser.add_argument_group("images and labels")
-    data.add_argument(
-        "--data", type=Path, required=True, metavar="ROOT",
-        help="ROOT/train and ROOT/val with a folder a class, or one folder a class, of which a fifth is held out",
-    )  # fmt: skip
-    data.add_argument("--labels", type=Path, metavar="FILE", help="a CSV file of labels, with a path a row")
-    data.add_argument("--column", default="label", metavar="NAME", help="its column of classes (default: label)")
-    data.add_argument("--columns", type=lambda text: text.split(","), default=[], metavar="NAME[,NAME]",
-                      help="its columns of numbers, for regress")  # fmt: skip
-    data.add_argument("--list", type=Path, metavar="FILE",
-                      help="images to learn from in lowshot and finetune, such as ImageNet's 1 %%")  # fmt: skip
-
-    how = parser.add_argument_group("how")
-    how.add_argument("--k", type=_numbers, metavar="K[,K]", help="neighbours (default: 10,20,100,200)")
-    how.add_argument("--optimizer", choices=("lars", "sgd"), default="lars", help="of linear (default: lars)")
-    how.add_argument("--shots", type=_numbers, metavar="N[,N]", help="images a class in lowshot (default: 1,5,10)")
-    how.add_argument("--splits", type=int, default=SPLITS, help=f"of lowshot (default: {SPLITS})")
-    how.add_argument("--regress-as", choices=("auto", "classes", "values"), default="auto",
-                     help="auto: whole numbers of at most 20 kinds are classes")  # fmt: skip
-    how.add_argument("--epochs", type=int, help="of attentive (default: 20) and finetune (default: 50)")
-    how.add_argument("--lr", type=float, help="of attentive and finetune (default: 1e-3)")
-    how.add_argument("--views", type=int, default=0, metavar="N",
-                     help="random crops of each training image, for linear and LiDAR")  # fmt: skip
-    how.add_argument("--seed", type=int, default=0, help="of what is held out, and of orders (default: 0)")
-    how.add_argument("--batch", type=int, default=64, help="images an encoder sees at once (default: 64)")
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process (default: all cores)")
-    how.add_argument("--decoder", choices=("auto", "pillow", "dali"), default="auto")
-    how.add_argument("--cache", type=Path, metavar="FOLDER",
-                     help="of features (default: $XDG_CACHE_HOME/ijepa_fast/features)")  # fmt: skip
-    how.add_argument("--no-cache", action="store_true", help="keep no features")
-    args = parser.parse_args(argv)
-    if args.out is not None:
-        args.probe = tuple(dict.fromkeys((*args.probe, "logistic", "lowshot")))
-    for name, least in (("views", 0), ("splits", 1), ("batch", 1), ("epochs", 1), ("threads", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}")
-    if "regress" in args.probe and not args.columns:
-        parser.error("regress needs the columns to predict: --columns NAME[,NAME], of the CSV file that --labels names")
-    return args
-
-
-def _probes(text: str) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    for name in names:
-        if name not in PROBES:
-            raise argparse.ArgumentTypeError(f"there is no probe {name!r}; the probes are {', '.join(PROBES)}")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers such as 10,20") from None
-
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    args = parse(argv)
+    args = arguments_weights.evaluate(argv)
     started = time.perf_counter()
     with join_replicas(args.threads) as world:
         # Where output is no terminal: a table as wide as it needs to be, and paths on one line.
-        width = None if sys.stdout.isatty() else 140
-        console = Console(quiet=not world.is_main, highlight=False, soft_wrap=True, width=width)
+        out = console(quiet=not world.is_main, width=None if sys.stdout.isatty() else 140)
         for folder in (args.json and args.json.parent, args.out):  # before the work, not after it
             if folder is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -132,25 +57,25 @@ def main(argv: list[str] | None = None) -> None:
             chosen = None if args.list is None else listed(data.train, args.list)
         threads = args.threads or len(os.sched_getaffinity(0))
         with _decoder(args.decoder, threads, world) as decoder:
-            task = _features(args, model, data, decoder, world, threads, console)
+            task = _features(args, model, data, decoder, world, threads, out)
             rows: list[Row] = []
             probabilities = torch.empty(0)
             with world.raise_on_all_ranks(world.long_timeout_group()):
                 if task is not None:
                     _warn_of_shared(task, data)
-                    rows, probabilities = _frozen_rows(args, task, data, chosen, console)
-            images = Images(decoder, world, model.encoder.image_size, threads, args.seed, console)
+                    rows, probabilities = _frozen_rows(args, task, data, chosen, out)
+            images = Images(decoder, world, model.encoder.image_size, threads, args.seed, out)
             if "attentive" in args.probe:
                 rows += attentive_rows(model, data, images, epochs=args.epochs, lr=args.lr)
             if "finetune" in args.probe:
                 rows += finetune_rows(model, data, images, chosen=chosen, epochs=args.epochs, lr=args.lr)
             if world.is_main:
                 about = _about(args, data, model, world, time.perf_counter() - started)
-                _report(args, rows, about, console)
+                _report(args, rows, about, out)
                 if args.out is not None:
                     file = args.out / "evaluation.png"
                     draw(file, rows, data, probabilities, decoder, title=_title(about))
-                    console.print(f"picture     {file}", markup=False)
+                    out.print(f"picture     {file}")
 
 
 def _open_data(args: argparse.Namespace, world: World) -> DataSet:
@@ -232,7 +157,7 @@ def _frozen_rows(
     if "lowshot" in args.probe:
         if chosen is not None:
             rows += listed_rows(task, chosen, args.list)
-        rows += lowshot_rows(task, args.shots, args.splits)
+        rows += lowshot_rows(task, args.shots, args.splits or SPLITS)
     if "regress" in args.probe:
         rows += regress_rows(task, data, args.columns, args.regress_as)
     return rows, probabilities
@@ -268,11 +193,7 @@ def _report(args: argparse.Namespace, rows: list[Row], about: dict[str, Any], co
     console.print(table(rows, _title(about)))
     images = f"{about['train_images']} images to train on, {about['val_images']} evaluated"
     classes = f"{len(about['classes'])} classes"
-    console.print(f"{images}, {classes}; {about['split']}. {about['seconds']:.0f} s.", markup=False)
+    console.print(f"{images}, {classes}; {about['split']}. {about['seconds']:.0f} s.")
     if args.json is not None:
         write_json(args.json, rows, about)
-        console.print(f"results     {args.json}", markup=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        console.print(f"results     {args.json}")

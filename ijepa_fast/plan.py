@@ -303,6 +303,7 @@ def strategies(gpus: int) -> list[str]:
 def draw(config: Config, model: Model, gpu: Gpu, name: str, mfu: float, out: Path) -> None:
     """images/s against the number of GPUs, 8 to 1024, of every strategy that fits."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     counts = [n for n in (8, 16, 32, 64, 128, 256, 512, 1024) if config.optim.global_batch_size % n == 0]
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
@@ -321,9 +322,11 @@ def draw(config: Config, model: Model, gpu: Gpu, name: str, mfu: float, out: Pat
         if not all(map(math.isnan, best)):
             axis.plot(counts, best, marker=marker, label=strategy)
     axis.set_xscale("log", base=2)
-    axis.set_yscale("log", base=2)
+    axis.set_yscale("log")
     axis.set_xticks(counts, map(str, counts))
-    axis.yaxis.set_major_formatter("{x:.0f}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 1000 else f"{value:g}")
+    axis.yaxis.set_minor_formatter("")
     axis.set_xlabel("GPUs")
     axis.set_ylabel("images/s, predicted")
     batch = config.optim.global_batch_size
@@ -340,8 +343,6 @@ def main(argv: list[str] | None = None) -> None:
     batch = config.optim.global_batch_size
     if args.gpus < 1 or batch % args.gpus:
         raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
-    if not 0 < args.mfu <= 1:
-        raise UserError(f"--mfu={args.mfu} must be a share of the peak, above 0 and at most 1")
     if args.images is not None and args.images < batch:
         raise UserError(f"--images={args.images} is fewer than one global batch of {batch}")
     known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))

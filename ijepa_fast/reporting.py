@@ -18,7 +18,8 @@ from ijepa_fast.run import Run
 from ijepa_fast.step import Update
 from ijepa_fast.summary import last_line, write_summary
 from ijepa_fast.trackers import build_trackers
-from ijepa_fast.view import draw_curves, masks_sheet, masks_title
+from ijepa_fast.view.curves import draw_curves
+from ijepa_fast.view.masks import masks_sheet, masks_title
 
 SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
 MOST_LINES = 20  # on bad images, at a time

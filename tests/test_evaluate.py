@@ -41,7 +41,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """train/ and val/ of four classes."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labelled") / "a[red]b[" / "exp]:dog:"  # is no markup
     write_photographs(folder / "train", images=TRAIN + VAL)
     for file in sorted((folder / "train").glob("*/*.jpg")):
         if int(file.stem) >= TRAIN:
@@ -100,6 +100,7 @@ def test_the_command_agrees_with_scikit_learn(evaluate, root, tmp_path):
     assert rows["rank", "last layer", "RankMe"]["value"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-4)
     about = json.loads((tmp_path / "new" / "results.json").read_text())
     assert (about["train_images"], about["val_images"], about["weights"]) == (4 * TRAIN, 4 * VAL, RANDOM)
+    assert f"{RANDOM}on{root}" in "".join(outcome.out.split())
     assert "evaluated on" in outcome.out
 
 

@@ -238,24 +238,26 @@ def test_fourteen_million_rows_fit_in_500_mb_and_open_at_once(tmp_path):
 
 def test_the_command_shows_verifies_and_lists_what_is_bad(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    write_tar(tmp_path / "r" / "n01.tar", {"1.jpg": JPEG, "2.jpg": JPEG[:-2], "3.gif": b"GIF89a", "4.jpg": b"?"})
+    root = tmp_path / "a[red]b[" / "exp]:dog:"  # is no markup
+    write_tar(root / "n01.tar", {"1.jpg": JPEG, "2.jpg": JPEG[:-2], "3.gif": b"GIF89a", "4.jpg": b"?"})
     for _ in range(2):
         words = ["--verify", "--workers", "2", "--bad", f"{tmp_path}/bad.jsonl", "--picture", f"{tmp_path}/s.png"]
-        assert index_command([str(tmp_path / "r"), *words]) == 0
+        assert index_command([str(root), *words]) == 0
         out = capsys.readouterr().out
+        assert f"{root}" in out
         for text in ("images      3 in 1 files", "left out    1 .gif", "bad         1 headers, 0 containers",
                      "verified    3 images in", "2 bad: "):
             assert text in out
         bad = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
         assert [(row["image"], row["path"]) for row in bad] == [
-            (1, f"{tmp_path}/r/n01.tar: 2.jpg"), (2, f"{tmp_path}/r/n01.tar: 4.jpg")]  # fmt: skip
+            (1, f"{root}/n01.tar: 2.jpg"), (2, f"{root}/n01.tar: 4.jpg")]  # fmt: skip
         assert "without its end marker" in bad[0]["reason"]
     # What a stopped verification leaves: the state says how far it was, and the list may be longer.
-    index = build_index(tmp_path / "r")
+    index = build_index(root)
     state = {"index": index.fingerprint(), "bad": str(tmp_path / "bad.jsonl"), "max_pixels": 178_956_970, "next": 2}
-    (tmp_path / "cache" / "ijepa_fast" / (os.path.basename(cache_path(str(tmp_path / "r"))) + ".verify")).write_text(
+    (tmp_path / "cache" / "ijepa_fast" / (os.path.basename(cache_path(str(root))) + ".verify")).write_text(
         json.dumps(state))  # fmt: skip
-    assert index_command([str(tmp_path / "r"), *words]) == 0
+    assert index_command([str(root), *words]) == 0
     assert "verifying from image 2 on" in capsys.readouterr().out
     assert [json.loads(line)["image"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [1, 2]
     assert index_command([str(tmp_path / "nowhere")]) == 2

@@ -31,11 +31,11 @@ def row(step: int) -> StepRow:
 def write(folder, steps, *, resume_step=0, probe_every=None, tensorboard=False) -> None:
     log = RunLog(folder, resume_step, tensorboard=tensorboard)
     if probe_every and resume_step == 0:
-        log.probe(0, {"rankme": 1.0, "knn": 0.0})
+        log.probe(0, {"rankme": 1.0, "knn": 0.0, "linear": 0.1})
     for step in steps:
         log.steps([row(step)])
         if probe_every and step % probe_every == 0:
-            log.probe(step, {"rankme": float(step), "knn": step / 100})
+            log.probe(step, {"rankme": float(step), "knn": step / 100, "linear": step / 50})
     log.close()
 
 
@@ -158,7 +158,8 @@ def test_tensorboard_has_every_number_but_the_counters(tmp_path):
     tags = set(EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tags()["scalars"])
     # TensorBoard writes "time (ms)" as "time__ms_".
     expected = {f"train/{name}" for name in COLUMNS if name not in ("epoch", "itr", "step")}
-    assert {tag.replace("time__ms_", "time (ms)") for tag in tags} == expected | {"probe/rankme", "probe/knn"}
+    probes = {"probe/rankme", "probe/knn", "probe/linear"}
+    assert {tag.replace("time__ms_", "time (ms)") for tag in tags} == expected | probes
 
 
 def test_read_log_of_what_is_no_run(tmp_path):
@@ -191,11 +192,13 @@ def test_curves_are_a_picture_of_the_log(probe_every, tmp_path, monkeypatch):
     (loss, smooth) = next(lines for name, lines in curves.items() if name.startswith("loss"))
     assert list(loss[1].get_ydata()) == [r["loss"] for r in steps]
     assert list(smooth[1].get_ydata()) == smoothed([r["loss"] for r in steps])
-    assert ("RankMe" in curves) == ("k-NN accuracy, %" in curves) == (probe_every is not None)
+    accuracies = "k-NN (solid) and linear (dotted), %"
+    assert ("RankMe" in curves) == (accuracies in curves) == (probe_every is not None)
     if probe_every is not None:
         assert [p["step"] for p in probes] == curves["RankMe"][0][0]
         assert [p["rankme"] for p in probes] == list(curves["RankMe"][0][1].get_ydata())
-        assert [100 * p["knn"] for p in probes] == list(curves["k-NN accuracy, %"][0][1].get_ydata())
+        for key, (x, line) in zip(("knn", "linear"), curves[accuracies], strict=True):
+            assert (x, list(line.get_ydata())) == ([p["step"] for p in probes], [100 * p[key] for p in probes])
 
 
 def test_curves_of_a_probe_without_labels(tmp_path):
@@ -320,7 +323,11 @@ def test_time_left_in_days():
 
 
 def test_smoothed_loss_follows_a_constant_and_lags_a_step():
-    assert smoothed([2.0] * 5) == [2.0] * 5
+    assert smoothed([2.0] * 5) == pytest.approx([2.0] * 5, rel=1e-12)  # fp64 roundings
+    assert smoothed([3.0, 1.0, 2.0]) == [3.0, 1.0, 2.0]  # too few to be smoothed
+    # The first two of 200 count almost alike: a value weighs 12/13 of the next one, over 25 updates.
+    smooth = smoothed([3.0, 1.0] + [0.0] * 198)
+    assert smooth[1] == pytest.approx((3 * 12 / 13 + 1) / (12 / 13 + 1), rel=1e-12)
     smooth = smoothed([0.0] + [1.0] * 200)
     assert smooth[0] == 0
     assert all(a < b for a, b in itertools.pairwise(smooth[:50]))

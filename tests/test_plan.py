@@ -124,12 +124,19 @@ def test_bytes_that_ddp_and_fsdp_send():
 
 
 def test_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn, savefig = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: (drawn.append(figure), savefig(figure, path)))
     monkeypatch.setenv("COLUMNS", "140")
     assert plan.main(["--config", GIANT, "--gpus", "64", "--out", str(tmp_path / "plan.png")]) == 0
     shown = capsys.readouterr().out
     assert "predictions" in shown
     assert all(strategy in shown for strategy in ("ddp", "fsdp", "hsdp", "selective"))
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    labels = [label.get_text() for label in drawn[0].axes[0].get_yticklabels()]
+    assert {"5k", "10k", "20k", "50k"} <= set(labels)
+    assert not [label for label in labels if len(label) > 4]
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from ijepa_fast import view
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.data.sampler import GlobalBatchSampler
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.view import sheet as sheets
 from ijepa_fast.view.__main__ import main
+from ijepa_fast.view.masks import masks_sheet, masks_title
 
 GRID, PATCH = 14, 8
 COLOURS = np.array([[200, 40, 40], [40, 180, 60], [50, 80, 220], [230, 200, 30]], np.uint8)
@@ -66,16 +66,16 @@ def test_sheet_shows_the_tokens_of_every_sequence(tmp_path, rules, rows, as_tens
     masks = MultiBlockMasks(config, GRID, seed=1, global_batch=4).sample(0, 0, 4)
     out = tmp_path / "new" / "sheet.png"
     crops = torch.from_numpy(images) if as_tensor else images
-    assert view.masks_sheet(crops, masks, PATCH, out, "title", rows=rows) == out
+    assert masks_sheet(crops, masks, PATCH, out, "title", rows=rows) == out
     rows = min(rows, len(masks.context.image))
     colours = images[masks.context.image.numpy()[:rows], 0, 0].astype(int)
     assert (read_sheet(out, colours, 2 + config.num_targets) == expected(masks, rows)).all()
 
 
 def test_titles_name_sampler_and_collation():
-    truncated = view.masks_title(MaskConfig(group=32), 7)
+    truncated = masks_title(MaskConfig(group=32), 7)
     assert truncated == "Masks of step 7: reference sampler, truncated within groups of 32"
-    ragged = view.masks_title(MaskConfig(sampler="corrected", collate="ragged", max_keep=60), 0)
+    ragged = masks_title(MaskConfig(sampler="corrected", collate="ragged", max_keep=60), 0)
     assert ragged == "Masks of step 0: corrected sampler, ragged, contexts of 60 tokens at most"
 
 
@@ -140,7 +140,8 @@ def test_usage_errors_exit_with_2(arguments, capsys):
 def test_matplotlib_is_imported_late_and_without_pyplot(tmp_path):
     """Its import takes a second of a run's start, and pyplot's state is that of whoever else draws in the process."""
     code = (
-        "import sys, numpy, ijepa_fast.view as v; from ijepa_fast.masks import *; from ijepa_fast.config import *\n"
+        "import sys, numpy, ijepa_fast.view.masks as v\n"
+        "from ijepa_fast.masks import *; from ijepa_fast.config import *\n"
         "assert 'matplotlib' not in sys.modules\n"
         "masks = MultiBlockMasks(MaskConfig(), 14, 0, 1).sample(0, 0, 1)\n"
         "v.masks_sheet(numpy.zeros((1, 112, 112, 3), 'uint8'), masks, 8, sys.argv[1], 'title')\n"

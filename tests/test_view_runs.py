@@ -17,12 +17,13 @@ def write_log(folder, losses, probes):
 
 def test_every_run_is_drawn_in_every_panel_that_it_measured(tmp_path, monkeypatch, capsys):
     probes = [{"step": 0, "rankme": 8.0, "knn": 0.25}, {"step": 2, "rankme": 9.0, "knn": 0.5}]
-    write_log(tmp_path / "good", [1.0, 0.5], probes)
+    good = tmp_path / "go$od^$"  # no formula
+    write_log(good, [1.0, 0.5], probes)
     write_log(tmp_path / "bad", [1.0, 0.1, 0.0], [{"step": 0, "rankme": 8.0}, {"step": 3, "rankme": 2.0}])
     figures, save = [], Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kw: (figures.append(self), save(self, *args, **kw)))
 
-    assert main(["runs", str(tmp_path / "good"), str(tmp_path / "bad"), "--out", str(tmp_path / "runs.png")]) == 0
+    assert main(["runs", str(good), str(tmp_path / "bad"), "--out", str(tmp_path / "runs.png")]) == 0
     assert capsys.readouterr().out == f"{tmp_path / 'runs.png'}\n"
     assert Image.open(tmp_path / "runs.png").size == (1440, 840)
 
@@ -32,7 +33,7 @@ def test_every_run_is_drawn_in_every_panel_that_it_measured(tmp_path, monkeypatc
     assert drawn["RankMe"] == [[8, 9], [8, 2]]
     assert drawn["k-NN accuracy, %"] == [[25, 50]]
     assert [text.get_text() for text in panels["linear accuracy, %"].texts] == ["not measured"]
-    assert [line.get_label() for line in panels["loss, smoothed"].lines] == [str(tmp_path / n) for n in ("good", "bad")]
+    assert [line.get_label() for line in panels["loss, smoothed"].lines] == [str(good), str(tmp_path / "bad")]
 
 
 def test_what_is_no_run_is_one_sentence(tmp_path, capsys):

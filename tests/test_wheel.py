@@ -1,6 +1,7 @@
 """The wheels, by themselves in an empty folder: the recipes are in them, the command works, the ops work alone."""
 import os
 import re
+import shutil
 import subprocess
 import sys
 import venv
@@ -12,11 +13,19 @@ ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.slow
 
 
+# Without a PYTHONPATH: what pip finds on it counts as installed.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+
+
 def installed(source: Path, folder: Path) -> Path:
     """The bin/ of an environment that has the wheel of `source` and, of this one, the dependencies."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    wheels = folder / "wheels"
-    done = subprocess.run([*pip, "wheel", "--no-deps", "-w", wheels, source], capture_output=True, text=True)
+    wheels, copy = folder / "wheels", folder / "source"
+    # A copy: the build leaves folders beside what it builds, and takes what an earlier one has left there.
+    kept_out = shutil.ignore_patterns(".*", "build", "runs", "*.egg-info", "__pycache__")
+    shutil.copytree(source, copy, ignore=kept_out)
+    build = [*pip, "wheel", "--no-deps", "-w", wheels, copy]
+    done = subprocess.run(build, capture_output=True, text=True, env=ENVIRONMENT)
     if done.returncode and ("connect" in done.stderr.lower() or "no matching distribution" in done.stderr.lower()):
         pytest.skip("pip cannot fetch setuptools for the build")
     assert done.returncode == 0, done.stderr
@@ -24,15 +33,14 @@ def installed(source: Path, folder: Path) -> Path:
     (site,) = (folder / "venv").glob("lib/python*/site-packages")
     (wheel,) = wheels.glob("*.whl")
     target = [*pip, "--python", folder / "venv/bin/python", "install", "--no-deps", "--no-index", wheel]
-    subprocess.run(target, check=True, capture_output=True)
+    subprocess.run(target, check=True, capture_output=True, env=ENVIRONMENT)
     # A path file of this line only: what is installed here in editable mode is not seen through it.
     (site / "dependencies.pth").write_text(f"{Path(pytest.__file__).parents[1]}\n")
     return folder / "venv" / "bin"
 
 
 def run(*words: str | Path, folder: Path) -> str:
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -6,12 +6,18 @@ builds it ahead of training, shows what it holds and, with `--verify`, decodes e
 folders, uncompressed tars and parquet files, mixed and nested as they come (`scan`); what is kept is in `table`.
 Parts that are done are kept in a journal, so a builder that was killed goes on where it was.
 """
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["index", *sys.argv[1:]]))
+
 import contextlib
 import fcntl
 import hashlib
 import os
 import struct
-import sys
 import time
 import warnings
 import zlib
@@ -27,7 +33,7 @@ from ijepa_fast.data.scan import SUFFIXES, Part, Tree, Unit, join, scan, walk
 from ijepa_fast.data.table import FILE, RECORD, Index, PathTable, load_index, save_index
 from ijepa_fast.errors import UserError
 
-__all__ = ["RECORD", "SUFFIXES", "Index", "PathTable", "build_index", "cache_path", "main"]
+__all__ = ["RECORD", "SUFFIXES", "Index", "PathTable", "build_index", "cache_path"]
 
 _PATIENCE_S = 2.0  # reading headers for longer than this shows a bar
 _MOST_LINES = 20  # on unreadable files, at a time
@@ -240,9 +246,3 @@ def describe(skipped: dict[str, int]) -> str:
     most = sorted(skipped.items(), key=lambda kind: -kind[1])
     shown = ", ".join(f"{number:,} {kind}" for kind, number in most[:8])
     return shown + (f" and {sum(n for _, n in most[8:]):,} of other kinds" if most[8:] else "")
-
-
-if __name__ == "__main__":
-    from ijepa_fast.data.index_cli import main
-
-    sys.exit(main())

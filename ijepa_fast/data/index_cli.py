@@ -3,7 +3,6 @@
 What `--verify` finds goes to `bad.jsonl`, an object a line: path (or tar and member), reason. It is strict: with
 `simplejpeg` installed (the extra `jpeg`) it also finds JPEGs with flipped bits, which decoders paint over in silence.
 """
-import argparse
 import contextlib
 import io
 import json
@@ -18,39 +17,22 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ijepa_fast.cli import command
+from ijepa_fast import arguments_data
+from ijepa_fast.cli import command, console
 from ijepa_fast.data.decoder_pillow import open_image
-from ijepa_fast.data.formats import MAX_PIXELS, ImageError
+from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.index import build_index, cache_path, describe
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.table import Index, load_index
 from ijepa_fast.durable import write_durably
-from ijepa_fast.errors import UserError
 
 _CHUNK = 256  # images between two notes of how far the verification is
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m ijepa_fast.data.index",
-        description="Index images in folders, uncompressed tars and parquet files, and show what there is. Training "
-        "with data.root=ROOT then begins at once. A builder or verification that was stopped goes on where it was.",
-    )
-    parser.add_argument("roots", nargs="+", metavar="ROOT", help="what data.root will be: a folder, a tar or a parquet")
-    parser.add_argument("--verify", action="store_true", help="decode every image strictly, and list what is bad")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 8, metavar="N", help="threads (all cores)")
-    parser.add_argument("--bad", type=Path, default=Path("bad.jsonl"), help="where --verify lists them (bad.jsonl)")
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="as data.max_pixels")
-    parser.add_argument("--picture", type=Path, help="draw the images' sizes into this PNG file")
-    args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise UserError(f"--workers must be at least 1, not {args.workers}")
-    console = Console(highlight=False, soft_wrap=True)
-
-    def report(line: str) -> None:
-        console.print(line, markup=False)
-
+    args = arguments_data.index(argv)
+    report = console().print
     for root in args.roots:
         index = build_index(root, threads=args.workers, report=report)
         real = os.path.realpath(os.path.expanduser(root))

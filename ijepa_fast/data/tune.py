@@ -4,11 +4,16 @@ Measures images/s of every decoder and thread count on random crops of the image
 and after one that fills the file cache, and how far each decoder's pixels are from Pillow's. With `--step-ms`, the time
 of a training step (the log's `time (ms)`), also what the step needs.
 """
-import argparse
+import sys
+
+if __name__ == "__main__":  # the door answers --help and mistakes before the imports below, which take seconds
+    from ijepa_fast.__main__ import main as ijepa
+
+    sys.exit(ijepa(["tune", *sys.argv[1:]]))
+
 import contextlib
 import os
 import statistics
-import sys
 import time
 from typing import Any, Literal
 
@@ -18,7 +23,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ijepa_fast.cli import command
+from ijepa_fast import arguments_data
+from ijepa_fast.cli import command, console
 from ijepa_fast.config import load_config
 from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.formats import ImageError
@@ -26,23 +32,14 @@ from ijepa_fast.data.index import build_index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import GlobalBatchSampler, crop_boxes
 from ijepa_fast.data.subset import select
-from ijepa_fast.errors import UserError
 
 
 @command
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m ijepa_fast.data.tune", description=__doc__.split("\n")[0])
-    parser.add_argument("config", help="a YAML file, as for training")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="keys of the config to replace")
-    parser.add_argument("--images", type=int, default=256, help="images of a round (256)")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, interleaved; the median counts (3)")
-    parser.add_argument("--step-ms", type=float, help="time of a step of this rank: shows the images/s that it needs")
-    args = parser.parse_intermixed_args(argv)
-    if args.images < 1 or args.rounds < 1:
-        raise UserError("--images and --rounds must be at least 1")
+    args = arguments_data.tune(argv)
     config, _ = load_config(args.config, args.overrides)
-    data, console = config.data, Console(highlight=False, soft_wrap=True)
-    whole = build_index(data.root, threads=data.threads, report=lambda line: console.print(line, markup=False))
+    data, out = config.data, console()
+    whole = build_index(data.root, threads=data.threads, report=out.print)
     index = select(whole, data)
     count = min(args.images, len(index))
     ids = GlobalBatchSampler(len(index), count, config.train.seed, data.shuffle).ids(0)
@@ -55,16 +52,16 @@ def main(argv: list[str] | None = None) -> None:
     for (name, threads), (rate, reading) in sorted(rates.items(), key=lambda item: -item[1][0]):
         mean, most = far[name]
         table.add_row(name, str(threads), f"{rate:,.0f}", f"{reading:.0%} of the time", f"{mean:.2f}, {most}")
-    console.print(table)
+    out.print(table)
     best = max(((key, rate) for key, (rate, _) in rates.items() if key[0] != "scaled"), key=lambda item: item[1])
-    console.print(f"fastest within a grey level of Pillow: data.decoder={best[0][0]} data.threads={best[0][1]}")
+    out.print(f"fastest within a grey level of Pillow: data.decoder={best[0][0]} data.threads={best[0][1]}")
     if args.step_ms is not None:
         needed = config.optim.global_batch_size / args.step_ms * 1000
         share = best[1] / needed
-        console.print(f"a step of {config.optim.global_batch_size} images in {args.step_ms:g} ms needs {needed:,.0f} "
-                      f"images/s over all ranks: {1 / share:.1f} loaders like this one")  # fmt: skip
+        out.print(f"a step of {config.optim.global_batch_size} images in {args.step_ms:g} ms needs {needed:,.0f} "
+                  f"images/s over all ranks: {1 / share:.1f} loaders like this one")  # fmt: skip
     else:
-        console.print("--step-ms MS (`time (ms)` of the log) shows what a step needs")
+        out.print("--step-ms MS (`time (ms)` of the log) shows what a step needs")
 
 
 def measure(
@@ -102,7 +99,3 @@ def measure(
         difference = (pixels[name] - pixels["pillow"]).abs()
         far[name] = difference.float().mean().item(), int(difference[:, 1:-1, 1:-1].max())
     return rates, far
-
-
-if __name__ == "__main__":
-    sys.exit(main())

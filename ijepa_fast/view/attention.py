@@ -15,7 +15,7 @@ from torch import Tensor
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.errors import UserError
 from ijepa_fast.model import Block, VisionTransformer
-from ijepa_fast.view.open import add_arguments, chosen, open_model
+from ijepa_fast.view.open import chosen, open_model
 from ijepa_fast.view.sheet import COLOURS, Sheet, resized, whole_cells
 
 _PANEL = 160  # pixels
@@ -69,21 +69,8 @@ def _coloured(values: np.ndarray) -> np.ndarray:
     return ((1 - share) * _HEAT[low] + share * _HEAT[low + 1]).astype(np.uint8)
 
 
-def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = pictures.add_parser(
-        "attention",
-        help="where each head of a layer looks from one patch",
-        description="Draw the attention of one patch to all others, one panel a head.",
-        epilog="Example: python -m ijepa_fast.view attention runs/demo PHOTOGRAPHS --layer 6 --out attention.png",
-    )
-    add_arguments(parser, "attention.png", rows=4)
-    parser.add_argument("--layer", type=int, metavar="N", help="block, from 1; default: the last")
-    parser.add_argument("--patch", type=int, nargs=2, metavar=("ROW", "COLUMN"), help="from 0; default: the middle")
-    parser.set_defaults(draw=_draw)
-
-
-def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    index = index_images([*args.images, *rest])
+def draw(args: argparse.Namespace) -> None:
+    index = index_images(args.images)
     model, device = open_model(args)
     grid, depth = model.encoder.grid, len(model.encoder.blocks)
     layer = depth if args.layer is None else args.layer

@@ -4,9 +4,12 @@ from pathlib import Path
 
 from ijepa_fast.metrics import read_log
 
+# Of a probe, by its key in the log: what it is called, and how its curve looks.
+ACCURACIES = {"knn": ("k-NN (solid)", "s-"), "linear": ("linear (dotted)", "^:")}
+
 
 def draw_curves(folder: Path) -> Path:
-    """Write curves.png: loss, RankMe and k-NN, the schedules, and speed, against the step."""
+    """Write curves.png: loss, RankMe and the probes' accuracies, the schedules, and speed, against the step."""
     # Imported here: matplotlib takes a second that the first step of a run need not wait for.
     from matplotlib.figure import Figure
 
@@ -14,6 +17,8 @@ def draw_curves(folder: Path) -> Path:
     x = [row["step"] for row in steps]
     figure = Figure(figsize=(11, 6.5), layout="constrained", dpi=120)
     loss, quality, rates, speed = figure.subplots(2, 2).flat
+    for axis in (quality, rates, speed):
+        axis.sharex(loss)
 
     values = [row["loss"] for row in steps]
     loss.plot(x, values, color="#9db7d5", linewidth=0.8, label="each update")
@@ -25,10 +30,17 @@ def draw_curves(folder: Path) -> Path:
         at = [row["step"] for row in probes]
         quality.plot(at, [row["rankme"] for row in probes], "o-", color="#1f4e8c", markersize=3)
         quality.set_ylabel("RankMe", color="#1f4e8c")
-        if "knn" in probes[0]:
-            accuracy = quality.twinx()
-            accuracy.plot(at, [100 * row["knn"] for row in probes], "s-", color="#c2571a", markersize=3)
-            accuracy.set_ylabel("k-NN accuracy, %", color="#c2571a")
+        accuracy = None
+        for key, (name, style) in ACCURACIES.items():
+            made = [row for row in probes if key in row]
+            if made:
+                accuracy = accuracy or quality.twinx()
+                percent = [100 * row[key] for row in made]
+                accuracy.plot([row["step"] for row in made], percent, style, color="#c2571a", markersize=3, label=name)
+        if accuracy is not None:
+            # The label tells the curves apart: a legend would lie on those of RankMe, which it does not know.
+            names = " and ".join(str(line.get_label()) for line in accuracy.lines)
+            accuracy.set_ylabel(f"{names}, %", color="#c2571a")
     else:
         quality.text(0.5, 0.5, "no probe was made", ha="center", transform=quality.transAxes)
     quality.set_title("target features")
@@ -55,9 +67,16 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def smoothed(values: list[float], span: int = 25) -> list[float]:
-    smoothed: list[float] = []
+def smoothed(values: list[float]) -> list[float]:
+    """Exponential means over about 25 values, or an eighth of fewer than 200.
+
+    As Adam's they begin at zero and are divided by the weight they have got so far: the first value counts no more than
+    another, and the curve's start does not hang on it.
+    """
+    share = 2 / (min(25, 1 + len(values) // 8) + 1)
+    mean, weight, means = 0.0, 0.0, list[float]()
     for value in values:
-        before = smoothed[-1] if smoothed else value
-        smoothed.append(before + (value - before) * 2 / (span + 1))
-    return smoothed
+        mean += (value - mean) * share
+        weight += (1 - weight) * share
+        means.append(mean / weight)
+    return means

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ijepa_fast.data.images import center_crops, index_images
-from ijepa_fast.view.open import add_arguments, chosen, open_model
+from ijepa_fast.view.open import chosen, open_model
 from ijepa_fast.view.sheet import Sheet, enlarged, resized, whole_cells
 
 _TINT = 0.65  # of the colours in the overlay
@@ -52,19 +52,8 @@ def features_sheet(images: Tensor, features: Tensor, out_path: str | Path, names
     return sheet.save(out_path)
 
 
-def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = pictures.add_parser(
-        "features",
-        help="principal components of patch features, as colours",
-        description="Draw each image with the first three principal components of its patch features as colours.",
-        epilog="Example: python -m ijepa_fast.view features runs/demo PHOTOGRAPHS --out features.png",
-    )
-    add_arguments(parser, "features.png")
-    parser.set_defaults(draw=_draw)
-
-
-def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    index = index_images([*args.images, *rest])
+def draw(args: argparse.Namespace) -> None:
+    index = index_images(args.images)
     model, device = open_model(args)
     ids, names = chosen(index, args.rows)
     images = torch.cat(list(center_crops(index, ids, model.image_size, batch=8)))

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ijepa_fast.config import MaskConfig, load_config
 from ijepa_fast.data.pipeline import build_pipeline
-from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 from ijepa_fast.view.sheet import COLOURS, INK, Sheet, dimmed, resized, whole_cells
 
@@ -70,27 +69,8 @@ def _name(image: Tensor, row: int) -> str:
     return f"image {image[row]}" + (f", context {same.index(row) + 1} of {len(same)}" if len(same) > 1 else "")
 
 
-def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    masks = pictures.add_parser(
-        "masks",
-        help="crops of a step, with their context and target blocks",
-        description="Draw a contact sheet of crops of one step, exactly as a run of this config sees them: each crop, "
-        "the patches that the context encoder is shown, and each of the target blocks that are predicted.",
-        epilog="Example: python -m ijepa_fast.view masks --config configs/vith14_in1k.yaml --images 4 "
-        "data.root=PHOTOGRAPHS optim.global_batch_size=128 mask.collate=ragged",
-    )
-    masks.add_argument("--config", required=True, metavar="YAML", help="a config of ours, or a released I-JEPA one")
-    masks.add_argument("--out", default="masks.png", type=Path, metavar="PNG", help="default: masks.png")
-    masks.add_argument("--images", default=8, type=int, metavar="N", help="at most a global batch; default: 8")
-    masks.add_argument("--step", default=0, type=int, metavar="N", help="step of the run, from 0; default: 0")
-    masks.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the config")
-    masks.set_defaults(draw=_draw)
-
-
-def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    if args.images < 1 or args.step < 0:
-        raise UserError(f"--images must be at least 1 and --step at least 0, not {args.images} and {args.step}")
-    config, notes = load_config(args.config, [*args.overrides, *rest])
+def draw(args: argparse.Namespace) -> None:
+    config, notes = load_config(args.config, args.overrides)
     for note in notes:
         print(f"released config: {note}")
     batch = config.optim.global_batch_size

@@ -20,7 +20,7 @@ from ijepa_fast.data.index import Index
 from ijepa_fast.errors import UserError
 from ijepa_fast.masks import Masks, MultiBlockMasks
 from ijepa_fast.view.masks import visible_patches
-from ijepa_fast.view.open import MASKS, add_arguments, chosen, open_model
+from ijepa_fast.view.open import MASKS, chosen, open_model
 from ijepa_fast.view.sheet import COLOURS, INK, Sheet, dimmed, enlarged, resized, whole_cells
 
 if TYPE_CHECKING:
@@ -112,29 +112,8 @@ def _patches(images: Tensor, p: int) -> Tensor:
     return images.unflatten(2, (-1, p)).unflatten(1, (-1, p)).transpose(2, 3).flatten(0, 2)
 
 
-def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = pictures.add_parser(
-        "predictions",
-        help="hidden blocks, filled with the patches most like what is predicted there",
-        description="Draw each image's context, a hidden block, and the block as the predictor sees it: patches of "
-        "other images whose features are nearest to the predicted ones. Needs weights that hold a predictor.",
-        epilog="Example: python -m ijepa_fast.view predictions runs/demo PHOTOGRAPHS --out predictions.png",
-    )
-    add_arguments(parser, "predictions.png", rows=4)
-    parser.add_argument("--bank", action="append", metavar="PATH", help="images to take patches from, and no image "
-                        "from itself; may be repeated; default: IMAGES")  # fmt: skip
-    parser.add_argument("--most", default=1000, type=int, metavar="N", help="images of the bank; default: 1000")
-    parser.add_argument("--blocks", default=1, type=int, metavar="N", help="hidden blocks of an image, 1 to 4")
-    parser.add_argument("--seed", default=0, type=int, metavar="N", help="of the masks; default: 0")
-    parser.set_defaults(draw=_draw)
-
-
-def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    if not 1 <= args.blocks <= MASKS.num_targets or args.most < 1:
-        raise UserError(f"--blocks must be 1 to {MASKS.num_targets} and --most at least 1, "
-                        f"not {args.blocks} and {args.most}")  # fmt: skip
-    paths = [*args.images, *rest]
-    index = index_images(paths)
+def draw(args: argparse.Namespace) -> None:
+    index = index_images(args.images)
     bank = index_images(args.bank) if args.bank else index
     model, device = open_model(args)
     if model.predictor is None:

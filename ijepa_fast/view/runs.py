@@ -52,7 +52,9 @@ def draw_runs(folders: Sequence[Path], out: Path) -> Path:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     loss.set_ylim(bottom=0)
     legend.axis("off")
-    legend.legend(*loss.get_legend_handles_labels(), loc="center left", frameon=False)
+    names = legend.legend(*loss.get_legend_handles_labels(), loc="center left", frameon=False)
+    for text in names.get_texts():
+        text.set_parse_math(False)  # a folder's name is no formula, whatever dollars it holds
     try:
         figure.savefig(out, format="png")
     except OSError as error:
@@ -60,17 +62,5 @@ def draw_runs(folders: Sequence[Path], out: Path) -> Path:
     return out
 
 
-def add_command(pictures: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    parser = pictures.add_parser(
-        "runs",
-        help="loss and probes of several runs, over each other",
-        description="Draw the loss of runs, and RankMe, spread and accuracies of their target encoders' features.",
-        epilog="Example: python -m ijepa_fast.view runs runs/small runs/small_lr --out runs.png",
-    )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of runs (train.folder)")
-    parser.add_argument("--out", default="runs.png", type=Path, metavar="PNG", help="default: runs.png")
-    parser.set_defaults(draw=_draw)
-
-
-def _draw(args: argparse.Namespace, rest: list[str]) -> None:
-    print(draw_runs([*args.runs, *map(Path, rest)], args.out))
+def draw(args: argparse.Namespace) -> None:
+    print(draw_runs(args.runs, args.out))

@@ -29,6 +29,7 @@ from pathlib import Path
 
 import ijepa_kernels
 
+from .dispatch import HAS_TRITON, WANTED
 from .shipped import Shipped
 
 ARCHS = (80, 90, 100)
@@ -184,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write the rows here")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args(argv)
+    if not HAS_TRITON:
+        sys.exit("triton is not installed")
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled in the same process")
     only = args.module and {f"ijepa_kernels.{name}" for name in args.module}
@@ -203,4 +206,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if not WANTED:  # the package, imported before this file, has left triton out
+        os.environ["IJEPA_KERNELS"] = "triton"
+        os.execv(sys.executable, [sys.executable, "-m", "ijepa_kernels.aot", *sys.argv[1:]])
     sys.exit(main())

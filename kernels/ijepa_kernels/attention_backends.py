@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import attention_triton
 from .compat import assume_constant_result
-from .dispatch import HAS_TRITON, INTERPRETED, MODES
+from .dispatch import HAS_TRITON, INTERPRETED, MODES, WANTED
 
 # Where our kernel was measured to be faster than every usable library: (head_dim, dtype, sm major). It is empty, for no
 # device has timed the kernel yet; until then `auto` takes it only where no library before it in the order can be used.
@@ -126,7 +126,7 @@ def _why_not_fa4(case: _Case) -> str | None:
 
 
 def _why_not_triton(case: _Case) -> str | None:
-    if not HAS_TRITON:
+    if WANTED and not HAS_TRITON:
         return "triton is not installed"
     if case.dtype not in (*SIXTEEN_BIT, torch.float32):
         return f"takes {_names((*SIXTEEN_BIT, torch.float32))} only"

@@ -19,8 +19,8 @@ def wants_gpu(config) -> bool:
 
 def pytest_configure(config):
     if not wants_gpu(config):
-        if "triton" in sys.modules:
-            raise pytest.UsageError("run tests/kernels first or alone: triton was imported without its interpreter")
+        if not {"triton", "ijepa_kernels"}.isdisjoint(sys.modules):
+            raise pytest.UsageError("run tests/kernels first or alone: the ops were imported without the interpreter")
         os.environ["TRITON_INTERPRET"] = "1"
 
 

@@ -25,12 +25,20 @@ assert target[0].tolist() == [0.5, 0.5, 0.5]
 """
 
 
+GPU_BUILD = "import torch\ntorch.version.cuda = '13.0'\n"
+CPU_BUILD = "import torch\ntorch.version.cuda = torch.version.hip = None\n"
 # At import: what runs, and the environment that it runs in. Without triton is as on Windows and macOS.
 IMPORTS = {
     "interpret": (STEP + "assert dispatch.INTERPRETED", {"IJEPA_KERNELS": "interpret"}),
     "interpret, triton imported before": ("import triton\n" + STEP, {"IJEPA_KERNELS": "interpret"}),
     "light": ("import sys, ijepa_kernels\nassert 'torch._dynamo' not in sys.modules", {}),
-    "without triton": ("import sys\nsys.modules['triton'] = None\n" + STEP, {}),
+    "for CPUs alone": (CPU_BUILD + STEP + "import sys\nassert 'triton' not in sys.modules", {}),
+    "for CPUs alone, asked for it": (CPU_BUILD + STEP + "assert dispatch.HAS_TRITON", {"TRITON_INTERPRET": "1"}),
+    "for CPUs alone, triton too late": (
+        CPU_BUILD + "import ijepa_kernels, os\nos.environ['IJEPA_KERNELS'] = 'triton'\n" + STEP, {}),
+    "for CPUs alone, interpret too late": (
+        CPU_BUILD + "import ijepa_kernels, os\nos.environ['IJEPA_KERNELS'] = 'interpret'\n" + STEP, {}),
+    "without triton": (GPU_BUILD + "import sys\nsys.modules['triton'] = None\n" + STEP, {}),
     "without triton, asked for it": ("import sys\nsys.modules['triton'] = None\n" + STEP, {"IJEPA_KERNELS": "triton"}),
 }
 # A fork for each: what costs time is to import torch, which they share.
@@ -68,6 +76,10 @@ def imports() -> dict[str, str]:
         ("interpret", "done"),
         ("interpret, triton imported before", "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set"),
         ("light", "done"),
+        ("for CPUs alone", "done"),
+        ("for CPUs alone, asked for it", "done"),
+        ("for CPUs alone, triton too late", "ValueError: IJEPA_KERNELS=triton needs CUDA tensors and compiled kernels"),
+        ("for CPUs alone, interpret too late", "ValueError: IJEPA_KERNELS=interpret needs CPU tensors and must be set"),
         ("without triton", "done"),
         ("without triton, asked for it", "ValueError: IJEPA_KERNELS=triton, but triton is not installed"),
     ],
