@@ -21,7 +21,7 @@ IMAGES, GRID = 128, 16
 
 def check_ours(masks: MultiBlockMasks) -> None:
     """No context sees a target, and tokens are counted right."""
-    context, target, context_of = masks.sample(0, 0, IMAGES)
+    context, target, context_of, _ = masks.sample(0, 0, IMAGES)
     check(*(patches_of(packed) for packed in (context, target)))
     assert masks.count_targets(0) == len(target.indices)
     assert context_of.equal(target.image)

@@ -33,7 +33,7 @@ from ijepa_fast import optim, step  # noqa: E402
 from ijepa_fast.config import Config, load_config  # noqa: E402
 from ijepa_fast.data.loader import Batch  # noqa: E402
 from ijepa_fast.distributed import World  # noqa: E402
-from ijepa_fast.masks import Masks, MultiBlockMasks  # noqa: E402
+from ijepa_fast.masks import Covered, Masks, MultiBlockMasks  # noqa: E402
 from ijepa_fast.model import keep_copies  # noqa: E402
 from ijepa_fast.run import Run, TrainState, draw_models  # noqa: E402
 
@@ -62,7 +62,8 @@ def squared_lengths(masks: Masks, images: int, patches: int) -> dict[str, float]
 
 def on_meta(masks: Masks) -> Masks:
     packs = (p._replace(**{f: x.to(META) for f, x in p._asdict().items() if isinstance(x, Tensor)}) for p in masks[:2])
-    return Masks(*packs, masks.context_of.to(META))
+    assert masks.covered is not None
+    return Masks(*packs, masks.context_of.to(META), Covered(*(x.to(META) for x in masks.covered)))
 
 
 def build_state(config: Config) -> TrainState:

@@ -52,13 +52,20 @@ def step_flops(
     context_lengths: np.ndarray,
     target_lengths: np.ndarray,
     context_of: np.ndarray,
+    covered: float | None = None,
 ) -> StepFlops:
     """Of `images` images with `patches` patches each, and context and target sequences of these lengths (any shapes
-    `[S_ctx]`, `[S_tgt]`; `context_of` `[S_tgt]` as in `Masks`). Lengths may be means: then so is the result, nearly."""
+    `[S_ctx]`, `[S_tgt]`; `context_of` `[S_tgt]` as in `Masks`). Lengths may be means: then so is the result, nearly.
+    `covered`: patches in all images that the target encoder finishes, those of a target block; all where it is None."""
     context, target = np.asarray(context_lengths, float), np.asarray(target_lengths, float)
     embed = 2 * 3 * patch_size**2 * encoder.dim
     dense = np.full(images, float(patches))
-    forward_target = embed * dense.sum() + encoder.depth * _block(encoder, dense, dense)
+    finished = dense if covered is None else np.full(1, float(covered))
+    forward_target = (
+        embed * dense.sum()
+        + (encoder.depth - 1) * _block(encoder, dense, dense)
+        + _block(encoder, dense, finished)  # the last block finishes what a target block covers
+    )
     forward_context = encoder.depth * _block(encoder, context, context)
     both = context[np.asarray(context_of)] + target
     forward_predictor = (

@@ -38,6 +38,13 @@ _PURPOSE = int.from_bytes(b"mask", "big")  # first word of our random keys: no s
 _TARGET_SIZE, _TARGET_PLACE, _CONTEXT_SIZE, _SUBSET, _CONTEXT_PLACE = range(5)
 
 
+class Covered(NamedTuple):
+    """The patches that a target block covers: of the target encoder's features, no others are read."""
+
+    rows: Tensor  # int64 [R], ascending: image * N + patch
+    target: Tensor  # int32 [T_tgt]: which of `rows` each token of the target blocks is
+
+
 class Masks(NamedTuple):
     """The masks of some images, listed image by image, view by view, context by context.
 
@@ -47,6 +54,7 @@ class Masks(NamedTuple):
     context: Packed
     target: Packed
     context_of: Tensor  # int32 [S_tgt]: the context sequence from which each target sequence is predicted
+    covered: Covered | None = None  # without it the target encoder finishes every patch
 
 
 class _Kind(NamedTuple):
@@ -113,7 +121,8 @@ class MultiBlockMasks:
             targets, target_keep = _Blocks(*map(self._once_per_context, targets)), self._once_per_context(target_keep)
         target = _pack(self._block_patches(targets, target_keep), target_keep, self._max_target)
         context_of = np.repeat(np.arange(lengths.size, dtype=np.int32), config.num_targets)
-        return Masks(context, target, torch.from_numpy(context_of))
+        covered = covered_by(target, stop - start, self.grid**2)
+        return Masks(context, target, torch.from_numpy(context_of), covered)
 
     def count_targets(self, step: int) -> int:
         """Predicted rows in the whole global batch of `step`: from block sizes alone, so that any rank can know it."""
@@ -207,6 +216,15 @@ class MultiBlockMasks:
         keep = keep.ravel()
         offset = self._offset.ravel()[_ranges(blocks.width.ravel().astype(np.int64) * self._max_target, keep)]
         return offset + np.repeat(blocks.top.ravel().astype(np.int32) * self.grid + blocks.left.ravel(), keep)
+
+
+def covered_by(target: Packed, images: int, patches: int) -> Covered:
+    """What target blocks of `images` images with `patches` patches each cover; on the host, where alone R is known."""
+    rows = target.rows(patches).numpy()
+    covered = np.zeros(images * patches, bool)
+    covered[rows] = True
+    place = covered.cumsum(dtype=np.int32) - 1
+    return Covered(torch.from_numpy(np.flatnonzero(covered)), torch.from_numpy(place[rows]))
 
 
 def check_masks(config: MaskConfig, grid: int) -> None:

@@ -249,16 +249,18 @@ class TokenCounts:
     contexts: int = 0
     target: int = 0
     targets: int = 0
+    covered: int = 0
     all: int = 0
 
     def add(self, batch: Batch, patches: int) -> None:
-        (context, target, _), images = batch.masks, len(batch.images)
+        (context, target, _, covered), images = batch.masks, len(batch.images)
         contexts, targets = len(context.image), len(target.image)
         self.images += images
         self.context += len(context.indices)
         self.contexts += contexts
         self.target += len(target.indices)
         self.targets += targets
+        self.covered += images * patches if covered is None else len(covered.rows)
         # Target encoder, context encoder, and predictor: each target is predicted beside its own copy of a context.
         predictor = len(context.indices) * (targets // contexts) + len(target.indices)
         self.all += images * patches + len(context.indices) + predictor
@@ -274,6 +276,7 @@ class TokenCounts:
             context_lengths=np.full(self.contexts, self.context / self.contexts),
             target_lengths=np.full(self.targets, self.target / self.targets),
             context_of=np.repeat(np.arange(self.contexts), self.targets // self.contexts),
+            covered=self.covered,
         ).total
 
 

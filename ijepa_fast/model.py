@@ -249,18 +249,21 @@ class VisionTransformer(nn.Module):
         self.copies: Copies | None = None
         self._dense: dict[tuple[int, torch.device], Packed] = {}
 
-    def forward(self, images: Tensor, packed: Packed | None = None) -> Tensor:
+    def forward(self, images: Tensor, packed: Packed | None = None, rows: Tensor | None = None) -> Tensor:
         """Features of the listed patches, `[T, D]`, or of every patch, `[B, N, D]`, when `packed` is left out; fp32.
 
         `images` are uint8 `[B, H, W, 3]`, normalised inside with ImageNet's statistics, or float `[B, 3, H, W]` taken
-        as normalised. A patch attends to the patches of its own sequence.
+        as normalised. A patch attends to the patches of its own sequence. With `rows` (int64 `[R]`, distinct) the
+        result is of those rows alone, `[R, D]`, of the T listed or of B * N: the last block finishes no others.
         """
         listed = self._every_patch(images) if packed is None else packed
         x, branch = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype), None
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x, branch = block(x, branch, listed.cu_seqlens, listed.max_seqlen)
+        x, branch = last(x, branch, listed.cu_seqlens, listed.max_seqlen, rows)
         _, x = self.norm(x, branch, torch.promote_types(x.dtype, torch.float32))
-        return x.view(len(images), self.grid**2, -1) if packed is None else x
+        return x.view(len(images), self.grid**2, -1) if packed is None and rows is None else x
 
     def _every_patch(self, images: Tensor) -> Packed:
         """`Packed.dense` of a batch, kept on the device for the next batch of that size."""

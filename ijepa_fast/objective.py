@@ -26,10 +26,13 @@ def ijepa_loss(
     divided by `denominator`, or by their own number where it is None. To split a batch over micro-batches or ranks
     without changing the gradient, give every part the number that belongs to the whole.
     """
+    target = masks.target
     with torch.no_grad():
-        features = target_encoder(images)  # [B, N, D]
+        if masks.covered is None:
+            features = target_encoder(images)  # [B, N, D]
+        else:  # to the loss the rows that are there are the patches of one image
+            features = target_encoder(images, rows=masks.covered.rows)[None]  # [1, R, D]
+            target = target._replace(indices=masks.covered.target, image=torch.zeros_like(target.image))
     tokens = encoder(images, masks.context)
     predicted = predictor(tokens, masks.context, masks.target, masks.context_of)
-    return smooth_l1_loss(
-        predicted, features, masks.target, kind=kind, eps=TARGET_NORM_EPS, denominator=denominator
-    )
+    return smooth_l1_loss(predicted, features, target, kind=kind, eps=TARGET_NORM_EPS, denominator=denominator)

@@ -76,6 +76,7 @@ class Model:
     block_parameters: int  # of one encoder block, the largest group that is gathered at once
     context: float  # tokens an image
     target: float  # predicted rows an image
+    covered: float  # patches an image that they are predictions of, each once
     predicted_from: float  # tokens an image in the predictor: contexts, repeated for each target, and mask tokens
     flops_target: float  # an image, forward
     flops_trained: float  # an image, forward and backward of context encoder and predictor
@@ -96,11 +97,13 @@ def describe(config: Config) -> Model:
         encoder, predictor = draw_models(config, torch.device("meta"))
     sampler = MultiBlockMasks(config.mask, config.grid, config.train.seed, config.optim.global_batch_size)
     images = min(config.optim.global_batch_size, 256)
-    sums = np.zeros(5)
+    sums = np.zeros(6)
     for step in range(STEPS):
         masks = sampler.sample(step, 0, images)
         context, target = (packed.cu_seqlens.diff().numpy() for packed in (masks.context, masks.target))
         context_of = masks.context_of.numpy()
+        assert masks.covered is not None
+        covered = len(masks.covered.rows)
         flops = step_flops(
             encoder.size,
             predictor.size,
@@ -110,10 +113,12 @@ def describe(config: Config) -> Model:
             context_lengths=context,
             target_lengths=target,
             context_of=context_of,
+            covered=covered,
         )
         predicted_from = context[context_of].sum() + target.sum()
-        sums += context.sum(), target.sum(), predicted_from, flops.target, flops.context + flops.predictor
-    context, target, predicted_from, flops_target, flops_trained = sums / (STEPS * images)
+        trained = flops.context + flops.predictor
+        sums += context.sum(), target.sum(), covered, predicted_from, flops.target, trained
+    context, target, covered, predicted_from, flops_target, flops_trained = sums / (STEPS * images)
     return Model(
         encoder=encoder.size,
         predictor=predictor.size,
@@ -123,6 +128,7 @@ def describe(config: Config) -> Model:
         block_parameters=_parameters(next(part for part in encoder.modules() if isinstance(part, Block))),
         context=context,
         target=target,
+        covered=covered,
         predicted_from=predicted_from,
         flops_target=flops_target,
         flops_trained=flops_trained,
@@ -176,7 +182,7 @@ def memory(
     activations = (
         micro_batch * model.context * _kept(model.encoder, checkpointing, compute, residual)
         + micro_batch * model.predicted_from * _kept(model.predictor, checkpointing, compute, residual)
-        + micro_batch * model.patches * model.encoder.dim * 4  # target features
+        + micro_batch * model.covered * model.encoder.dim * 4  # target features
         + micro_batch * model.target * model.encoder.dim * (2 * compute + 4)  # predictions, their gradient, normed rows
     )
     return Memory(

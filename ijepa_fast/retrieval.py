@@ -80,7 +80,7 @@ def retrieve(
     so what is above chance comes from elsewhere.
     """
     device = next(target_encoder.parameters()).device
-    context, target, context_of = (part.to(device) for part in questions.masks)
+    context, target, context_of = (part.to(device) for part in questions.masks[:3])
     predicted, features = [], []
     for images in questions.crops.to(device):
         dense = target_encoder(images).float()
@@ -95,7 +95,7 @@ def retrieve(
 
 def retrieve_by_colour(questions: Questions, grid: int) -> Tensor:
     """The same picks by colour alone: the mean RGB of the context patches nearest to a block stands for the block."""
-    crops, (_, target, context_of) = questions.crops.float(), questions.masks
+    crops, (_, target, context_of, _) = questions.crops.float(), questions.masks
     patch = crops.shape[2] // grid
     colour = crops.unflatten(3, (grid, patch)).unflatten(2, (grid, patch)).mean((3, 5)).flatten(2, 3)  # [C, P, N, 3]
     visible, picks = questions.contexts(), []

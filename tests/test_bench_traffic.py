@@ -78,6 +78,7 @@ def test_flops_of_a_step_are_those_of_its_formula(step):
         context_lengths=masks.context.cu_seqlens.diff().numpy(),
         target_lengths=masks.target.cu_seqlens.diff().numpy(),
         context_of=masks.context_of.numpy(),
+        covered=len(masks.covered.rows),
     )
     # The formula counts attention's backward as two forwards, the counter as the five products that there are: half a
     # forward more. Attention is 4 L^2 D of a block that is 24 L D^2 and more, here with L <= 36 and D = 192.

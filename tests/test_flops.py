@@ -46,9 +46,11 @@ def test_flops_equal_those_pytorch_counts(monkeypatch):
 
     context, target = packed(lengths, [0, 1]), packed(target_lengths, [0, 0, 1, 1])
 
+    covered = torch.tensor([0, 3, 4, 15, 20])
+
     def target_pass():
         with torch.no_grad():
-            encoder(images)
+            encoder(images, rows=covered)
 
     def context_pass():
         encoder(images, context).sum().backward()
@@ -61,6 +63,7 @@ def test_flops_equal_those_pytorch_counts(monkeypatch):
     flops = step_flops(
         size, predictor.size, 8,
         images=2, patches=16, context_lengths=lengths, target_lengths=target_lengths, context_of=context_of,
+        covered=len(covered),
     )  # fmt: skip
     assert flops.target == counted(target_pass)
     assert flops.context == counted(context_pass)

@@ -70,7 +70,8 @@ def make_loader(index):
 
 def same(a, b):
     def tensors(batch):
-        return batch.images, *batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of
+        context, target, context_of, covered = batch.masks
+        return batch.images, *context[:3], *target[:3], context_of, *covered
 
     assert (a.step, a.last) == (b.step, b.last)
     assert np.array_equal(a.ids, b.ids)

@@ -229,7 +229,7 @@ def test_rules_hold_for_any_config(case, step, data):
     config, grid, batch = case
     masks = MultiBlockMasks(config, grid, seed=8, global_batch=batch)
     whole = masks.sample(step, 0, batch)
-    context, target, context_of = whole
+    context, target, context_of, covered = whole
 
     contexts, targets = batch * config.views * config.num_contexts, config.num_targets
     assert len(context.image) == contexts
@@ -249,6 +249,11 @@ def test_rules_hold_for_any_config(case, step, data):
     blocks = shown(target, grid).reshape(batch, config.views, config.num_contexts, targets, -1)
     assert (blocks == blocks[:, :, :1]).all()
     assert masks.count_targets(step) == len(target.indices)
+    # Each covered patch once, and every token of a target block found among them.
+    tokens = np.repeat(target.image.numpy(), lengths(target)) * grid**2 + target.indices.numpy()
+    assert covered.rows.tolist() == np.unique(tokens).tolist()
+    assert covered.rows[covered.target].tolist() == tokens.tolist()
+    assert (covered.rows.dtype, covered.target.dtype) == (torch.int64, torch.int32)
 
     start = data.draw(st.integers(0, batch - 1))
     stop = data.draw(st.integers(start + 1, batch))
@@ -391,7 +396,7 @@ def test_refuses_exactly_the_min_keep_of_the_smallest_block(sampler):
 def test_the_tightest_min_keep_ends_and_is_met():
     """Targets over nearly the whole grid: only the last round, which hides nothing, leaves a context."""
     config = MaskConfig(num_targets=6, target_scale=(0.8, 0.9), context_scale=(0.85, 0.85), min_keep=12, group=16)
-    context, _, _ = MultiBlockMasks(config, 5, seed=17, global_batch=16).sample(0, 0, 16)
+    context, *_ = MultiBlockMasks(config, 5, seed=17, global_batch=16).sample(0, 0, 16)
     assert lengths(context).tolist() == [16] * 16
 
 

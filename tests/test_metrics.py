@@ -274,7 +274,7 @@ def test_token_counts_are_those_of_the_transformers(contexts):
         narrow = build_predictor(encoder, depth=2, dim=48)
     exact = step_flops(
         encoder.size, narrow.size, 4, images=images, patches=grid**2, context_lengths=np.array(context),
-        target_lengths=np.array(target), context_of=masks.context_of.numpy(),
+        target_lengths=np.array(target), context_of=masks.context_of.numpy(), covered=len(masks.covered.rows),
     ).total  # fmt: skip
     assert counts.flops(encoder, narrow) == pytest.approx(2 * exact, rel=0.01)  # mean lengths: attention alone differs
     assert counts.all == 2 * (images * grid**2 + sum(context) + predictor)

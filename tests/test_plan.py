@@ -54,6 +54,7 @@ def test_memory_is_what_a_real_run_takes(checkpointing, monkeypatch):
         model,
         context=context.sum() / 8,
         target=target.sum() / 8,
+        covered=len(masks.covered.rows) / 8,
         predicted_from=(context[masks.context_of.numpy()].sum() + target.sum()) / 8,
     )
     needed = plan.memory(model, "single", 1, 8, checkpointing, accumulates=True, compute=4)

@@ -92,7 +92,7 @@ def test_the_pick_is_the_nearest_in_squared_distance(questions):
     predictor, other = build_predictor(encoder, depth=1, dim=48), build_encoder("vit_tiny", image_size=64, patch_size=8)
     del other.blocks[1:]
     picks = retrieve(questions, encoder, predictor, other)
-    context, target, context_of = questions.masks
+    context, target, context_of, _ = questions.masks
     with torch.no_grad():
         features = [
             F.layer_norm(other(crops).double(), (192,), eps=TARGET_NORM_EPS) for crops in questions.crops

@@ -62,7 +62,7 @@ class Gate:
                 masks = ([mask[part] for mask in side] for side in (setup.contexts, setup.targets))
                 yield images, *masks, len(images) / setup.batch
             return
-        context, target, _ = setup.masks
+        context, target, *_ = setup.masks
         contexts = context.indices.long().split(setup.lengths[0].tolist())
         targets = target.indices.long().split(setup.lengths[1].tolist())
         for i, one in enumerate(contexts):

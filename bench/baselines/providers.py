@@ -49,8 +49,8 @@ class Ours(Provider):
         self.state.update(self.momentum)
 
     def inputs(self) -> list[Tensor]:
-        context, target, context_of = self.setup.masks
-        return [self.setup.images, *context[:3], *target[:3], context_of]
+        context, target, context_of, covered = self.setup.masks
+        return [self.setup.images, *context[:3], *target[:3], context_of, *(covered or ())]
 
 
 class Straight(Provider):

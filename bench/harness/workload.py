@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.harness.compare import NotRun
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.flops import StepFlops, step_flops
-from ijepa_fast.masks import Masks, MultiBlockMasks
+from ijepa_fast.masks import Covered, Masks, MultiBlockMasks
 from ijepa_fast.model import SIZES, Size, build_encoder, build_predictor
 
 IMAGE_SIZE = 224
@@ -64,7 +64,9 @@ def draw_masks(grid: int, batch: int, collate: str, steps: int = 16) -> Masks:
 
 
 def masks_to(masks: Masks, device: torch.device) -> Masks:
-    return Masks(masks.context.to(device), masks.target.to(device), masks.context_of.to(device))
+    assert masks.covered is not None
+    covered = Covered(*(x.to(device) for x in masks.covered))
+    return Masks(masks.context.to(device), masks.target.to(device), masks.context_of.to(device), covered)
 
 
 def rectangular(packed: Packed, batch: int) -> list[Tensor]:
@@ -132,6 +134,8 @@ class Setup:
         masks = draw_masks(model.grid, self.batch, collate)
         self.lengths = masks.context.cu_seqlens.diff().numpy(), masks.target.cu_seqlens.diff().numpy()
         self.context_of = masks.context_of.numpy()
+        assert masks.covered is not None
+        self.covered = len(masks.covered.rows)
         self.contexts = self.targets = None
         if collate == "truncate":
             packed = masks.context, masks.target
@@ -185,6 +189,7 @@ class Setup:
             context_lengths=self.lengths[0],
             target_lengths=self.lengths[1],
             context_of=self.context_of,
+            covered=self.covered,
         )
 
     def tokens(self) -> int:

@@ -20,7 +20,7 @@ from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.reader import Reader, Reading
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
 from ijepa_fast.data.table import Index
-from ijepa_fast.masks import Masks, MultiBlockMasks
+from ijepa_fast.masks import Covered, Masks, MultiBlockMasks
 
 # Bytes of encoded images that are read ahead along the order, where more than one micro-batch fits: about 600 images of
 # ImageNet. The index knows all sizes, so this bounds the memory whatever the images are.
@@ -259,7 +259,13 @@ class _Upload:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             images = self._copy(batch.images)
             context, target = (packed.to(self.device, non_blocking=True) for packed in batch.masks[:2])
-            masks = Masks(context, target, self._copy(batch.masks.context_of))
+            covered = batch.masks.covered
+            masks = Masks(
+                context,
+                target,
+                self._copy(batch.masks.context_of),
+                None if covered is None else Covered(*map(self._copy, covered)),
+            )
             copied = torch.cuda.Event()
             copied.record()
         return batch._replace(images=images, masks=masks), copied
@@ -273,6 +279,7 @@ def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
     """Make the consumer's stream wait for the copies, and keep their memory until that stream is done with it."""
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
-    for tensor in (batch.images, *batch.masks.context[:3], *batch.masks.target[:3], batch.masks.context_of):
+    masks = batch.masks
+    for tensor in (batch.images, *masks.context[:3], *masks.target[:3], masks.context_of, *(masks.covered or ())):
         tensor.record_stream(stream)
     return batch
