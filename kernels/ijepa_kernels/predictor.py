@@ -34,20 +34,20 @@ def predictor_tokens_ref(
     context_of: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`predictor_tokens` in plain PyTorch; here `mask_token [P]`, `pos_embed [N, P]`, `context_of [S_tgt]`."""
-    source_rows, cu_seqlens, mask_rows = _plan(context_packed, target_packed, context_of)
+    source_rows, cu_seqlens, mask_rows = plan(context_packed, target_packed, context_of)
     pos_embed = pos_embed.float()
     visible = (context + pos_embed.index_select(0, context_packed.indices)).to(context.dtype)
     masked = (mask_token + pos_embed.index_select(0, target_packed.indices)).to(context.dtype)
     return torch.cat([visible, masked]).index_select(0, source_rows), cu_seqlens, mask_rows
 
 
-def _plan(context: Packed, target: Packed, context_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def plan(context: Packed, target: Packed, context_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where each output row comes from in [context rows ; target rows], int64 [T_out]; cu_seqlens; mask_rows."""
-    total = _sizes(context, target)[1]
+    total = sizes(context, target)[1]
     context_total, target_total = context.indices.shape[0], target.indices.shape[0]
     context_of = context_of.long()
     context_length, target_length = context.cu_seqlens.diff()[context_of], target.cu_seqlens.diff()
-    cu_seqlens = _cu_seqlens(context, target, context_of)
+    cu_seqlens = sequence_ends(context, target, context_of)
 
     # Per sequence: what to add to an output row to get its source row, in its context part and in its mask part.
     to_context = context.cu_seqlens[:-1][context_of] - cu_seqlens[:-1]
@@ -118,7 +118,7 @@ def _predictor_tokens_fwd_kernel(
 
 
 @triton.jit
-def _predictor_tokens_bwd_context_kernel(
+def predictor_tokens_bwd_context_kernel(
     grad_ptr,  # [T_out, DIM], contiguous
     context_cu_seqlens_ptr,  # [S_ctx+1]
     cu_seqlens_ptr,  # [S_tgt+1], of the result
@@ -186,20 +186,20 @@ def shipped() -> list[Shipped]:
             constexprs = tile | {"stride_context_dim": 1}
             rows.append(Shipped(_predictor_tokens_fwd_kernel, forward, constexprs, divisible=("stride_context_row",)))
             backward = {"grad_ptr": dtype, "users_ptr": "i64", "grad_context_ptr": dtype}
-            rows.append(Shipped(_predictor_tokens_bwd_context_kernel, backward, tile))
+            rows.append(Shipped(predictor_tokens_bwd_context_kernel, backward, tile))
             mask = {"grad_ptr": dtype, "partial_ptr": "fp32"}
             note = "16-byte loads; stores a row of partial sums a sequence, a column a thread"
             rows.append(Shipped(_predictor_tokens_bwd_mask_kernel, mask, tile, vector_bytes=4, note=note))
     return rows
 
 
-def _cu_seqlens(context: Packed, target: Packed, context_of: Tensor) -> Tensor:
+def sequence_ends(context: Packed, target: Packed, context_of: Tensor) -> Tensor:
     """Of the result, int32 [S_tgt+1]."""
     length = context.cu_seqlens.diff().index_select(0, context_of) + target.cu_seqlens.diff()
     return F.pad(length.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-def _sizes(context: Packed, target: Packed) -> tuple[int, int]:
+def sizes(context: Packed, target: Packed) -> tuple[int, int]:
     """How often each context is used, and T_out: from shapes alone, because every context is used equally often."""
     uses = target.image.shape[0] // max(context.image.shape[0], 1)
     return uses, context.indices.shape[0] * uses + target.indices.shape[0]
@@ -213,8 +213,8 @@ def _launch_forward(
     target_packed: Packed,
     context_of: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total, dim = _sizes(context_packed, target_packed)[1], context.shape[1]
-    cu_seqlens = _cu_seqlens(context_packed, target_packed, context_of)
+    total, dim = sizes(context_packed, target_packed)[1], context.shape[1]
+    cu_seqlens = sequence_ends(context_packed, target_packed, context_of)
     tokens = torch.empty(total, dim, dtype=context.dtype, device=context.device)
     mask_rows = torch.empty(target_packed.indices.shape[0], dtype=torch.int64, device=context.device)
     blocks = triton.cdiv(context_packed.max_seqlen + target_packed.max_seqlen, BLOCK_TOKENS)
@@ -243,22 +243,43 @@ def _launch_backward(
     grad: Tensor, cu_seqlens: Tensor, context_packed: Packed, target_packed: Packed, context_of: Tensor
 ) -> tuple[Tensor, Tensor]:
     grad, dim, sequences = grad.contiguous(), grad.shape[1], target_packed.image.shape[0]
-    uses, _ = _sizes(context_packed, target_packed)
     grad_context = torch.empty(context_packed.indices.shape[0], dim, dtype=grad.dtype, device=grad.device)
+    launch_context_gradient(grad, cu_seqlens, context_packed, target_packed, context_of, grad_context)
     partial = torch.empty(sequences, dim, dtype=torch.float32, device=grad.device)
-    blocks = triton.cdiv(context_packed.max_seqlen, BLOCK_TOKENS)
     tile = {"DIM": dim, "BLOCK_T": BLOCK_TOKENS, "BLOCK_D": tile_columns(dim)}
-    with torch.cuda.device_of(grad):
-        if grad_context.numel():
-            users = context_of.argsort(stable=True)  # sorted by context, so [S_ctx, uses]
-            _predictor_tokens_bwd_context_kernel[(context_packed.image.shape[0] * blocks,)](
-                grad, context_packed.cu_seqlens, cu_seqlens, users, grad_context, uses, blocks, **tile
-            )
-        if partial.numel():
+    if partial.numel():
+        with torch.cuda.device_of(grad):
             _predictor_tokens_bwd_mask_kernel[(sequences, triton.cdiv(dim, tile["BLOCK_D"]))](
                 grad, target_packed.cu_seqlens, cu_seqlens, partial, **tile
             )
     return grad_context, partial.sum(0)
+
+
+def launch_context_gradient(
+    grad: Tensor,  # [T_out, DIM], contiguous
+    cu_seqlens: Tensor,
+    context_packed: Packed,
+    target_packed: Packed,
+    context_of: Tensor,
+    grad_context: Tensor,  # [T_ctx, DIM], contiguous, filled
+) -> None:
+    if not grad_context.numel():
+        return
+    uses, dim = sizes(context_packed, target_packed)[0], grad.shape[1]
+    blocks = triton.cdiv(context_packed.max_seqlen, BLOCK_TOKENS)
+    with torch.cuda.device_of(grad):
+        predictor_tokens_bwd_context_kernel[(context_packed.image.shape[0] * blocks,)](
+            grad,
+            context_packed.cu_seqlens,
+            cu_seqlens,
+            context_of.argsort(stable=True),  # sorted by context, so [S_ctx, uses]
+            grad_context,
+            uses,
+            blocks,
+            DIM=dim,
+            BLOCK_T=BLOCK_TOKENS,
+            BLOCK_D=tile_columns(dim),
+        )
 
 
 def _forward(context: Tensor, mask_token: Tensor, pos_embed: Tensor, *packs) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,7 +293,7 @@ def _backward(grad: Tensor, cu_seqlens: Tensor, *packs) -> tuple[Tensor, Tensor]
     context_packed, target_packed, context_of = Packed(*packs[:4]), Packed(*packs[4:8]), packs[8]
     if use_triton(grad):
         return _launch_backward(grad, cu_seqlens, context_packed, target_packed, context_of)
-    source_rows, _, mask_rows = _plan(context_packed, target_packed, context_of)
+    source_rows, _, mask_rows = plan(context_packed, target_packed, context_of)
     total = context_packed.indices.shape[0]
     source = torch.zeros(total + target_packed.indices.shape[0], grad.shape[1], device=grad.device)
     source.index_add_(0, source_rows, grad.float())
@@ -282,7 +303,7 @@ def _backward(grad: Tensor, cu_seqlens: Tensor, *packs) -> tuple[Tensor, Tensor]
 def _forward_fake(context, mask_token, pos_embed, *packs):
     context_packed, target_packed = Packed(*packs[:4]), Packed(*packs[4:8])
     return (
-        context.new_empty(_sizes(context_packed, target_packed)[1], context.shape[1]),
+        context.new_empty(sizes(context_packed, target_packed)[1], context.shape[1]),
         torch.empty_like(target_packed.cu_seqlens),
         torch.empty_like(target_packed.indices, dtype=torch.int64),
     )
@@ -367,21 +388,9 @@ def predictor_tokens(
     check_tensor("pos_embed", pos_embed, f"{leading}N, {dim}", device=context.device)
     mask_token, pos_embed = mask_token.reshape(-1), pos_embed.reshape(-1, dim)
     check_tensor("mask_token", mask_token, f"{dim}", device=context.device)
-    check_packed(context_packed, context.device, pos_embed.shape[0], name="context_packed")
-    check_packed(target_packed, context.device, pos_embed.shape[0], name="target_packed")
+    context_of = check_sequences(context_packed, target_packed, context_of, pos_embed.shape[0], context.device)
     if context_packed.indices.shape[0] != total:
         raise ValueError(f"context_packed: want {total} tokens as context has rows, got {len(context_packed.indices)}")
-    contexts, sequences = context_packed.image.shape[0], target_packed.image.shape[0]
-    if sequences % contexts if contexts else sequences:
-        raise ValueError(f"target_packed: want as many sequences for each of {contexts} contexts, got {sequences}")
-    matched = context_of is None
-    if matched:
-        context_of = _match_by_image(context_packed, target_packed)
-    check_tensor("context_of", context_of, "S_tgt", (torch.int32, torch.int64), context.device)
-    if context_of.shape[0] != sequences:
-        raise ValueError(f"context_of: want {sequences} entries as target_packed has sequences, got {len(context_of)}")
-    if can_read(context_of):
-        _check_context_of(context_of, matched, context_packed, target_packed)
     arguments = *context_packed, *target_packed, context_of
     if not pos_embed.requires_grad or not torch.is_grad_enabled():
         return _forward_op(context, mask_token, pos_embed, *arguments)
@@ -394,6 +403,26 @@ def predictor_tokens(
     context = (context + at_context).to(context.dtype)
     tokens, cu_seqlens, mask_rows = _forward_op(context, mask_token, nowhere, *arguments)
     return tokens.index_add(0, mask_rows, at_target.to(tokens.dtype)), cu_seqlens, mask_rows
+
+
+def check_sequences(
+    context_packed: Packed, target_packed: Packed, context_of: Tensor | None, num_patches: int, device: torch.device
+) -> Tensor:
+    """`context_of`, found by image where it is None. Raises `ValueError` for what does not fit."""
+    check_packed(context_packed, device, num_patches, name="context_packed")
+    check_packed(target_packed, device, num_patches, name="target_packed")
+    contexts, sequences = context_packed.image.shape[0], target_packed.image.shape[0]
+    if sequences % contexts if contexts else sequences:
+        raise ValueError(f"target_packed: want as many sequences for each of {contexts} contexts, got {sequences}")
+    matched = context_of is None
+    if matched:
+        context_of = _match_by_image(context_packed, target_packed)
+    check_tensor("context_of", context_of, "S_tgt", (torch.int32, torch.int64), device)
+    if context_of.shape[0] != sequences:
+        raise ValueError(f"context_of: want {sequences} entries as target_packed has sequences, got {len(context_of)}")
+    if can_read(context_of):
+        _check_context_of(context_of, matched, context_packed, target_packed)
+    return context_of
 
 
 def _check_context_of(context_of: Tensor, matched: bool, context: Packed, target: Packed) -> None:
