@@ -43,6 +43,17 @@ def changes(x: "Tensor") -> int:
     return x._version
 
 
+def allow_graphs(number: int) -> None:
+    """Let one function be compiled so often, for other dtypes, widths or arguments; more is an error.
+
+    `torch._dynamo.config.recompile_limit` (torch 2.11 to 2.13), 8 unless set. Without it: that default.
+    """
+    import torch._dynamo
+
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, number)
+
+
 def silence_checkpointed_compile() -> None:
     """Compiled blocks with activation checkpointing warn, on every rank, of operations in place; ours have none.
 

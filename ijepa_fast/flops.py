@@ -60,25 +60,26 @@ def step_flops(
     context, target = np.asarray(context_lengths, float), np.asarray(target_lengths, float)
     embed = 2 * 3 * patch_size**2 * encoder.dim
     dense = np.full(images, float(patches))
-    finished = dense if covered is None else np.full(1, float(covered))
-    forward_target = (
-        embed * dense.sum()
-        + (encoder.depth - 1) * _block(encoder, dense, dense)
-        + _block(encoder, dense, finished)  # the last block finishes what a target block covers
-    )
-    forward_context = encoder.depth * _block(encoder, context, context)
-    both = context[np.asarray(context_of)] + target
+    forward_target = embed * dense.sum() + _blocks(encoder, dense, finished=covered)
+    forward_context = _blocks(encoder, context)
+    # Each context token and each patch of the grid is projected once; the mask tokens alone are finished.
+    both, distinct = context[np.asarray(context_of)] + target, context.sum() + patches
     forward_predictor = (
         2 * encoder.dim * predictor.dim * (context.sum() + target.sum())  # predictor_embed and predictor_proj
-        + (predictor.depth - 1) * _block(predictor, both, both)
-        + _block(predictor, both, target)  # the last block finishes the mask tokens alone
+        + _blocks(predictor, both, projected=distinct, finished=target.sum())
     )
     return StepFlops(forward_target, 3 * forward_context + 2 * embed * context.sum(), 3 * forward_predictor)
 
 
-def _block(size: Size, lengths: np.ndarray, finished: np.ndarray) -> float:
-    """Forward of one block over sequences of `lengths`, of which `finished` tokens go through projection and MLP."""
-    qkv = 2 * 3 * size.dim**2 * lengths.sum()
-    attention = 4 * size.dim * (lengths**2).sum()
-    rest = 2 * (size.dim**2 + 2 * size.dim * size.mlp_dim) * finished.sum()
+def _blocks(size: Size, lengths: np.ndarray, projected: float | None = None, finished: float | None = None) -> float:
+    """Forward of all blocks over sequences of `lengths`.
+
+    Of all tokens, or so many: the first block makes queries, keys and values of `projected`, and `finished` go through
+    the last block's projection and MLP.
+    """
+    tokens = lengths.sum()
+    in_others = (size.depth - 1) * tokens
+    qkv = 2 * 3 * size.dim**2 * (in_others + (tokens if projected is None else projected))
+    attention = size.depth * 4 * size.dim * (lengths**2).sum()
+    rest = 2 * (size.dim**2 + 2 * size.dim * size.mlp_dim) * (in_others + (tokens if finished is None else finished))
     return float(qkv + attention + rest)

@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from ijepa_kernels import Packed, add_layer_norm, bias_gelu, embed_patches, predictor_tokens, varlen_attention
 from ijepa_kernels.dispatch import use_triton
+from ijepa_kernels.predictor_rows import predictor_rows
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from ijepa_fast import compat
@@ -88,6 +90,19 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
+class Distinct(NamedTuple):
+    """The predictor's tokens as they enter it, each once: a norm and a projection of them need not see repeats.
+
+    `x` `[T_ctx + N, D]` has the context tokens, then a mask token at every patch; its rows stand in the sequences as
+    `predictor_rows` lays them out, by the other fields.
+    """
+
+    x: Tensor
+    context: Packed
+    target: Packed
+    context_of: Tensor | None
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, compute_dtype: torch.dtype):
         super().__init__()
@@ -96,10 +111,18 @@ class Attention(nn.Module):
         self.proj = Linear(dim, dim, compute_dtype)
 
     def forward(
-        self, x: Tensor, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None = None,
+        distinct: Distinct | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The branch, and a bias that is still to be added to it: see `Linear.product`."""
-        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        qkv = self.qkv(x)
+        if distinct is not None:
+            qkv = predictor_rows(qkv, *distinct[1:])
+        q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         y = varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
         return self.proj.product(y if rows is None else y.index_select(0, rows))
 
@@ -139,37 +162,52 @@ class Block(nn.Module):
         self._compiled = torch.compile(self._checkpointed, fullgraph=True, dynamic=False)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None = None,
+        distinct: Distinct | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """From the stream x `[T, D]` and what is to be added to it first, the same of the next block.
 
         The stream stays in x's dtype; a branch is `[T, D]` in the compute dtype, or None. With `rows` (int64 `[R]`,
         distinct) the result is of those rows alone, `[R, D]`. Every row is attended to either way: what the other rows
-        are spared is the projection and the MLP.
+        are spared is the projection and the MLP. With `distinct`, whose tokens the rows of x are, and no branch, the
+        first norm and queries, keys and values are computed of each of those once.
         """
+        arguments = x, branch, cu_seqlens, max_seqlen, rows, distinct
         if self._compiled is None:
-            return self._checkpointed(x, branch, cu_seqlens, max_seqlen, rows)
-        for varying in (x, branch, cu_seqlens, rows):
-            if varying is not None:
+            return self._checkpointed(*arguments)
+        for varying in tree_leaves(arguments):
+            if isinstance(varying, Tensor):
                 compat.mark_dynamic(varying)  # lengths are symbols to the compiler, widths are numbers
-        return self._compiled(x, branch, cu_seqlens, max_seqlen, rows)
+        return self._compiled(*arguments)
 
-    def _checkpointed(
-        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return self._forward(x, branch, cu_seqlens, max_seqlen, rows)
+            return self._forward(*arguments)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
         if self.checkpointing == "selective":
             options["context_fn"] = _keep_costly
-        return checkpoint(self._forward, x, branch, cu_seqlens, max_seqlen, rows, **options)
+        return checkpoint(self._forward, *arguments, **options)
 
     def _forward(
-        self, x: Tensor, branch: Tensor | None, cu_seqlens: Tensor, max_seqlen: int, rows: Tensor | None
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        rows: Tensor | None,
+        distinct: Distinct | None,
     ) -> tuple[Tensor, Tensor | None]:
         dtype = self.attn.qkv.compute_dtype
-        x, y = self.norm1(x, branch, dtype)
-        y, bias = self.attn(y, cu_seqlens, max_seqlen, rows)
+        if distinct is None:
+            x, y = self.norm1(x, branch, dtype)
+        else:
+            y = self.norm1(distinct.x, None, dtype)[1]
+        y, bias = self.attn(y, cu_seqlens, max_seqlen, rows, distinct)
         if rows is not None:
             x = x.index_select(0, rows)
         x, y = self.norm2(x, y, dtype, bias)
@@ -312,6 +350,7 @@ class Predictor(nn.Module):
         if self.copies is not None:
             self.copies.refresh()
         x = self.predictor_embed(tokens).to(self.residual_dtype)
+        distinct: Distinct | None = Distinct(self._each_once(x, context), context, target, context_of)
         x, cu_seqlens, mask_rows = predictor_tokens(
             x, self.mask_token, self.predictor_pos_embed, context, target, context_of
         )
@@ -319,10 +358,18 @@ class Predictor(nn.Module):
         branch = None
         *blocks, last = self.predictor_blocks
         for block in blocks:
-            x, branch = block(x, branch, cu_seqlens, max_seqlen)
+            x, branch = block(x, branch, cu_seqlens, max_seqlen, None, distinct)
+            distinct = None
         # Only the mask tokens are read from here on: the last block finishes two thirds fewer rows.
-        x, branch = last(x, branch, cu_seqlens, max_seqlen, mask_rows)
+        x, branch = last(x, branch, cu_seqlens, max_seqlen, mask_rows, distinct)
         return self.predictor_proj(self.predictor_norm(x, branch, self.predictor_proj.compute_dtype)[1])
+
+
+    def _each_once(self, x: Tensor, context: Packed) -> Tensor:
+        """The tokens of the contexts, and a mask token at every patch, with their positions: `Distinct.x`."""
+        positions = self.predictor_pos_embed[0]
+        seen = x + positions.index_select(0, context.indices)
+        return torch.cat([seen.to(x.dtype), (self.mask_token[0] + positions).to(x.dtype)])
 
 
 def build_encoder(

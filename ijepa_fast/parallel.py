@@ -42,6 +42,8 @@ def checkpoint_blocks(model: nn.Module, policy: str) -> None:
 def compile_blocks(model: nn.Module) -> None:
     for block in _blocks(model):
         block.compile()
+    # Context, target, predictor, first and last blocks, and each again without gradients or in inference mode.
+    compat.allow_graphs(16)
     compat.silence_checkpointed_compile()
 
 

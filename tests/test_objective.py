@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from bench.baselines.straight import straight_loss, straight_models
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, MultiBlockMasks
-from ijepa_fast.model import Predictor, Size, VisionTransformer, init_weights
+from ijepa_fast.model import Block, Predictor, Size, VisionTransformer, init_weights
 from ijepa_fast.objective import ijepa_loss
+from ijepa_fast.parallel import checkpoint_blocks
 
 GRID = 6
 BATCH = 4
@@ -226,6 +227,37 @@ def test_what_no_target_block_covers_need_not_be_finished(rules):
     # last bits, the loss, a mean over hundreds, by less than one rounding of each term.
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
     assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("rules", "depth"),
+    [
+        ({"sampler": "corrected", "collate": "ragged", "views": 2, "num_contexts": 2}, 2),
+        ({"sampler": "reference", "collate": "truncate"}, 1),
+    ],
+    ids=["ragged", "truncated, one block"],
+)
+def test_what_enters_the_predictor_is_projected_once(rules, depth, policy, monkeypatch):
+    encoder, _, target_encoder = build_models(16)
+    predictor = Predictor(encoder.size.dim, Size(48, depth, 3, 192), GRID, torch.float32, torch.float32)
+    init_weights(predictor, torch.Generator().manual_seed(1))
+    checkpoint_blocks(predictor, policy)
+    masks = MultiBlockMasks(MaskConfig(group=2, min_keep=2, **rules), GRID, 9, BATCH).sample(1, 0, BATCH)
+    projected = []
+    predictor.predictor_blocks[0].attn.qkv.register_forward_pre_hook(lambda _module, args: projected.append(len(*args)))
+    forward, results, once = Block.forward, [], len(masks.context.indices) + GRID**2
+    for plain in (False, True):
+        if plain:  # as any other block, from the stream of all sequences
+            monkeypatch.setattr(Block, "forward", lambda self, *args: forward(self, *args[:5]))
+        loss = ijepa_loss(encoder, predictor, target_encoder, random_images(16), masks)
+        loss.backward()
+        results.append((loss.detach(), gradients(encoder, predictor)))
+        assert set(projected) == {once if not plain else len(masks.target.indices) + 4 * len(masks.context.indices)}
+        projected.clear()
+    # The same rows of the same product, blocked otherwise; a gradient sums a row's uses before the product, not after.
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=0)
+    assert_close(*(found for _, found in results))
 
 
 def test_two_runs_are_equal_bit_for_bit():

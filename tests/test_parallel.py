@@ -152,7 +152,7 @@ def test_compiled_blocks(case, run, words, ranks, tmp_path):
     size, *strategy = case
     more = (*strategy[1:], f"parallel.strategy={strategy[0]}", "parallel.compile=true")
     for left in ranks.run(size, jobs.train_compiled, words(tmp_path / "run", *more)):
-        # Target, context, predictor, last blocks of target and predictor: not one for each block or number of tokens.
+        # Target, its last block, context, the predictor's first and last: not one for each block or number of tokens.
         assert left.result == (0, 5), left.err
         assert left.err == ""
     assert_same(tmp_path / "run", run(1, "single"))

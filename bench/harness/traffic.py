@@ -31,7 +31,10 @@ KINDS = {
     "add": ("add", "add_"),
     "sum": ("sum",),  # gradients of biases
     "copy": ("cat", "stack", "clone", "copy_"),
-    "rows": ("index_select", "index_add_", "gather_patches", "predictor_tokens", "predictor_tokens_backward"),
+    "rows": (
+        *("index_select", "index_add_", "gather_patches", "predictor_tokens", "predictor_tokens_backward"),
+        *("predictor_rows", "predictor_rows_backward"),
+    ),
     "loss": ("smooth_l1_loss",),
     "optimizer": ("_fused_adamw_", "_foreach_add_", "adamw_ema_"),
     "ema": ("ema_update_",),
@@ -49,6 +52,8 @@ LAUNCHES = {
     "smooth_l1_loss": 2,
     "predictor_tokens": 6,
     "predictor_tokens_backward": 5,
+    "predictor_rows": 6,
+    "predictor_rows_backward": 14,  # a sort of 20,000 keys is 7
     "add_layer_norm_backward": 2,
     "bias_gelu_backward": 2,
 }
