@@ -11,9 +11,16 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import Packed, add_layer_norm, bias_gelu, embed_patches, predictor_tokens, varlen_attention
+from ijepa_kernels import (
+    Packed,
+    add_layer_norm,
+    bias_gelu,
+    embed_patches,
+    predictor_rows,
+    predictor_tokens,
+    varlen_attention,
+)
 from ijepa_kernels.dispatch import use_triton
-from ijepa_kernels.predictor_rows import predictor_rows
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -8,6 +8,7 @@ from .norm import add_layer_norm
 from .packed import Packed
 from .patches import IMAGENET_MEAN, IMAGENET_STD, embed_patches, gather_patches
 from .predictor import predictor_tokens
+from .repeats import predictor_rows
 from .tokens import apply_masks, gather_tokens
 from .version import __version__
 
@@ -25,6 +26,7 @@ __all__ = [
     "explain_backends",
     "gather_patches",
     "gather_tokens",
+    "predictor_rows",
     "predictor_tokens",
     "smooth_l1_loss",
     "varlen_attention",

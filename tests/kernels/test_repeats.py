@@ -3,9 +3,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from ijepa_kernels import predictor_rows as op
-from ijepa_kernels import predictor_tokens
-from ijepa_kernels.predictor_rows import predictor_rows
+from ijepa_kernels import predictor_rows, predictor_tokens
+from ijepa_kernels import repeats as op
 from op_proofs import assert_compiles_once, forbidden_sync, guarded_outputs, store_error
 from packed_samples import random_packed
 
