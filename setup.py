@@ -43,6 +43,7 @@ setup(
         "jpeg": ["simplejpeg"],  # strict decoding, for `python -m ijepa_fast.data.index --verify`
         "slurm": ["submitit"],
         "parquet": ["pyarrow"],
+        "remote": ["fsspec", "s3fs", "gcsfs", "huggingface_hub"],  # data.root=s3://, gs://, hf://, ...
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny"],
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship

@@ -13,7 +13,8 @@ def index(argv: list[str] | None) -> argparse.Namespace:
         description="Index images in folders, uncompressed tars and parquet files, and show what there is. Training "
         "with data.root=ROOT then begins at once. A builder or verification that was stopped goes on where it was.",
     )
-    parser.add_argument("roots", nargs="+", metavar="ROOT", help="what data.root will be: a folder, a tar or a parquet")
+    parser.add_argument("roots", nargs="+", metavar="ROOT", help="what data.root will be: a folder, a tar, a parquet, "
+                        "or the address of one (s3://..., with ijepa_fast[remote])")  # fmt: skip
     parser.add_argument("--verify", action="store_true", help="decode every image strictly, and list what is bad")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 8, metavar="N", help="threads (all cores)")
     parser.add_argument("--bad", type=Path, default=Path("bad.jsonl"), help="where --verify lists them (bad.jsonl)")

@@ -131,7 +131,7 @@ def decode(argv: list[str] | None) -> argparse.Namespace:
         task.add_argument("weights", type=Path, help="a run, a checkpoint, or another file that holds a predictor")
         task.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
         task.set_defaults(which="target")
-    trainer.add_argument("data", type=Path, help="a folder of images, at any depth")
+    trainer.add_argument("data", help="a folder of images, at any depth, or its address")
     trainer.add_argument("--out", type=Path, default=Path("decoder.safetensors"), metavar="FILE",
                          help="default: decoder.safetensors")  # fmt: skip
     trainer.add_argument("--steps", type=int, default=2000, metavar="N", help="default: 2000")

@@ -59,7 +59,7 @@ def evaluate(argv: list[str] | None) -> argparse.Namespace:
 
     data = parser.add_argument_group("images and labels")
     data.add_argument(
-        "--data", type=Path, required=True, metavar="ROOT",
+        "--data", required=True, metavar="ROOT",
         help="ROOT/train and ROOT/val with a folder a class, or one folder a class, of which a fifth is held out",
     )  # fmt: skip
     data.add_argument("--labels", type=Path, metavar="FILE", help="a CSV file of labels, with a path a row")
@@ -123,7 +123,7 @@ def embed(argv: list[str] | None) -> argparse.Namespace:
         "ijepa embed WEIGHTS PHOTOGRAPHS --out photographs.safetensors",
     )
     parser.add_argument("weights", type=Path, help="a run, a checkpoint, or a file or folder of another format")
-    parser.add_argument("images", type=Path, nargs="+", help="files, or folders of images at any depth")
+    parser.add_argument("images", nargs="+", help="files, or folders of images at any depth")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"{', '.join(FEATURES)}; default: features.npy")
     parser.add_argument("--similar", action="store_true", help="print or draw what is alike; writes no features "
                         "unless --out is given")  # fmt: skip

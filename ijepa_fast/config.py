@@ -22,9 +22,10 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ijepa_fast import yaml_core
+from ijepa_fast.data.storage import is_remote
 from ijepa_fast.errors import UserError
 
 Range = tuple[float, float]
@@ -49,7 +50,15 @@ def _path(path: Path) -> Path:
         raise ValueError(f"{path} names the home of a user who does not exist here") from None
 
 
+def _root(value: Any) -> Any:
+    if not isinstance(value, str | Path):
+        value = _text(value)
+        raise PydanticCustomError("path_type", "Input is not a valid path")
+    return _text(value) if is_remote(value) else _path(Path(_text(value)))
+
+
 UserPath = Annotated[Path, BeforeValidator(_text), AfterValidator(_path)]
+Root = Annotated[Path | str, BeforeValidator(_root)]  # a string where it is an address, as s3://bucket/folder
 # Upper bounds are far above what anyone means: they catch a slip of the keyboard before it becomes an allocation.
 Rate = Annotated[float, Field(ge=0, le=1000)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -108,8 +117,8 @@ class MaskConfig(Section):
 
 
 class DataConfig(Section):
-    root: UserPath  # a folder of images, at any depth; its sub-folders, if any, are the classes
-    probe_root: UserPath | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
+    root: Root  # a folder of images, at any depth, or its address; its sub-folders, if any, are the classes
+    probe_root: Root | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
     image_size: Pixels = 224
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
     decoder: Literal["auto", "dali", "pillow", "scaled"] = "auto"  # see data.decoder; tune measures them
@@ -352,8 +361,11 @@ def _takes_text(section: str, key: str) -> bool:
     if section not in Config.model_fields or key not in _keys(section):
         return False
     section_type: Any = Config.model_fields[section].annotation
-    field = section_type.model_fields[key]
-    return field.annotation is Path or Path in [(get_args(part) or (part,))[0] for part in get_args(field.annotation)]
+    return _holds_path(section_type.model_fields[key].annotation)
+
+
+def _holds_path(annotation: Any) -> bool:
+    return annotation is Path or any(_holds_path(part) for part in get_args(annotation))
 
 
 def brief(value: Any) -> str:

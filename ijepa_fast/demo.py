@@ -101,8 +101,9 @@ def show_retrieval(run: Run, console: Console) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = arguments.demo(argv)
     config, _ = load_config(args.config, args.overrides)
-    if not config.data.root.exists():
-        write_photographs(config.data.root)
+    root = config.data.root
+    if isinstance(root, Path) and not root.exists():
+        write_photographs(root)
     with distributed.join(config) as world, build_run(config, world) as run:
         out = console(quiet=not world.is_main)
         if train(run, out, resume=False):

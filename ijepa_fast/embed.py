@@ -12,6 +12,7 @@ if __name__ == "__main__":  # the door answers --help and mistakes before the im
     sys.exit(ijepa(["embed", *sys.argv[1:]]))
 
 import itertools
+import os
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from ijepa_fast import arguments_weights
 from ijepa_fast.cli import command
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.data.index import Index
+from ijepa_fast.data.storage import is_remote
 from ijepa_fast.feature_file import FeatureFile
 from ijepa_fast.view.neighbours import neighbours_sheet
 
@@ -81,7 +83,7 @@ def embed(model: "Model", index: Index, out: Path, *, layers: int = 1, batch: in
     return _rows_of(out, len(index), dim)
 
 
-def tell_similar(features: np.ndarray, index: Index, paths: list[Path], image_size: int, sheet: Path) -> None:
+def tell_similar(features: np.ndarray, index: Index, paths: list[str], image_size: int, sheet: Path) -> None:
     """Print the cosine similarity of every pair of a few files; with a folder among `paths`, draw nearest neighbours.
 
     The files are then the queries, or, without any, six images of the folder.
@@ -96,12 +98,13 @@ def tell_similar(features: np.ndarray, index: Index, paths: list[Path], image_si
     print(neighbours_sheet(features, index, queries, image_size, sheet))
 
 
-def _one_each(paths: list[Path], index: Index) -> Iterator[Path | None]:
+def _one_each(paths: list[str], index: Index) -> Iterator[str | None]:
     """For every image of `index`: the file that was named, or None where it lies in a folder that was."""
     if len(paths) == 1:
-        yield from [None if paths[0].is_dir() else paths[0]] * len(index)
+        whole = is_remote(paths[0]) or os.path.isdir(paths[0])
+        yield from [None if whole else paths[0]] * len(index)
         return
-    named = {str(path.expanduser().resolve()): path for path in paths if not path.is_dir()}
+    named = {os.path.realpath(os.path.expanduser(path)): path for path in paths if not os.path.isdir(path)}
     yield from (named.get(index.path(i)) for i in range(len(index)))
 
 

@@ -1,7 +1,9 @@
 """Released I-JEPA YAML files (sections data, logging, mask, meta, optimization), converted as they are."""
+import os
 from pathlib import Path
 from typing import Any
 
+from ijepa_fast.data.storage import is_remote
 from ijepa_fast.errors import UserError
 
 SECTIONS = {"data", "logging", "mask", "meta", "optimization"}
@@ -89,8 +91,9 @@ def convert_released(raw: dict[str, Any], path: Path) -> tuple[dict[str, Any], l
 
     if "data.root_path" in flat:
         # The released ImageNet loader reads <root_path>/<image_folder>/train.
-        root = Path(str(flat["data.root_path"])) / str(flat.get("data.image_folder", "")) / "train"
-        put("data.root", str(root), "data.root_path, data.image_folder")
+        above, folder = str(flat["data.root_path"]), str(flat.get("data.image_folder", ""))
+        root = os.path.join(above, folder, "train") if is_remote(above) else str(Path(above) / folder / "train")
+        put("data.root", root, "data.root_path, data.image_folder")
     if "meta.use_bfloat16" in flat:
         # "auto", not bfloat16: the released autocast is a CUDA one and does nothing on a CPU either.
         dtype = "auto" if flat["meta.use_bfloat16"] else "float32"

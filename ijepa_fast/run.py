@@ -13,6 +13,7 @@ from torch import nn
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import Index, build_index
 from ijepa_fast.data.pipeline import ImageSource, Pipeline, build_pipeline
+from ijepa_fast.data.storage import is_remote
 from ijepa_fast.data.subset import select
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
@@ -122,7 +123,7 @@ def build_data(
 
 
 def read_index(
-    root: Path, config: Config, world: World, write_cache: bool, report: Callable[[str], None] | None = None
+    root: Path | str, config: Config, world: World, write_cache: bool, report: Callable[[str], None] | None = None
 ) -> Index:
     """Rank 0 reads all headers or the cache, then the first rank of each machine (it may share that), then the rest."""
     turn = 0 if world.is_main or not write_cache else 1 if world.local_rank == 0 else 2
@@ -134,6 +135,7 @@ def read_index(
                     root,
                     threads=config.data.threads,
                     write_cache=write_cache,
+                    compare=turn < 2 or not is_remote(root),  # a rank of the same machine has just listed all
                     report=(report if world.is_main else lambda line: None),
                 )
     return index

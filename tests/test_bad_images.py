@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ijepa_fast.config import DataConfig, MaskConfig
-from ijepa_fast.data import order
+from ijepa_fast.data import order, patience
 from ijepa_fast.data import reader as reader_module
 from ijepa_fast.data.bad import Account, BadImage, substitutes
 from ijepa_fast.data.decoder_pillow import PillowDecoder
@@ -201,7 +201,7 @@ def test_headers_are_those_that_pillow_reads():
 
 
 def test_passing_errors_are_tried_again(corpus, monkeypatch):
-    monkeypatch.setattr(reader_module, "_WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS_S", (0.0, 0.0, 0.0))
     real, left = os.pread, [2]
 
     def pread(*arguments):

@@ -114,6 +114,13 @@ def test_an_override_of_a_path_is_text_as_it_stands(text, tmp_path):
     assert load(config.to_yaml(), folder=tmp_path) == config  # and survives being saved
 
 
+def test_a_root_may_be_an_address(tmp_path):
+    config = load("data: {root: s3://bucket/a}", "data.probe_root=hf://datasets/x/y#z: 1", folder=tmp_path)
+    assert (config.data.root, config.data.probe_root) == ("s3://bucket/a", "hf://datasets/x/y#z: 1")
+    assert load(config.to_yaml(), folder=tmp_path) == config
+    assert load("data: {root: s3://a}", "data.root=s3:/b", folder=tmp_path).data.root == Path("s3:/b")
+
+
 def test_an_optional_path_can_be_taken_back(tmp_path):
     text = "data: {root: a}\ntrain: {init_from: b}"
     assert load(text, "train.init_from=null", folder=tmp_path).train.init_from is None

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ijepa_fast.data import index as index_module
 from ijepa_fast.data import scan as scan_module
+from ijepa_fast.data import walk as walk_module
 from ijepa_fast.data.index import RECORD, build_index
 from ijepa_fast.data.table import load_index
 from ijepa_fast.errors import UserError
@@ -207,7 +208,7 @@ def test_an_image_without_a_header_is_named(root, cache, capsys, data, reason):
 
 def test_long_work_shows_a_bar(root, cache, monkeypatch, capsys):
     monkeypatch.setattr(index_module, "_PATIENCE_S", -1.0)
-    monkeypatch.setattr(scan_module, "FILES_A_UNIT", 2)
+    monkeypatch.setattr(walk_module, "FILES_A_UNIT", 2)
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws bars only on what it takes for a terminal
     real = scan_module._read_file_header
     monkeypatch.setattr(scan_module, "_read_file_header", lambda path: time.sleep(0.05) or real(path))

@@ -108,6 +108,11 @@ def test_every_key_of_the_file_is_accounted_for(write):
     assert "the published runs' batch -> optim.global_batch_size=2048" in notes
 
 
+def test_an_address_stays_one(write):
+    content = RELEASED["vitg16_in22k"] | {"data": RELEASED["vitg16_in22k"]["data"] | {"root_path": "s3://bucket"}}
+    assert load_config(write(content))[0].data.root == "s3://bucket/imagenet/train"
+
+
 def test_overrides_come_after_the_conversion(write):
     overrides = ("data.root=photos", "optim.global_batch_size=64", "mask.group=16", "model.name=vit_tiny")
     config, _ = load_config(write(RELEASED["vitg16_in22k"]), overrides)

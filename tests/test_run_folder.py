@@ -88,7 +88,7 @@ def test_a_marker_that_says_nothing(tmp_path):
 
 
 def test_the_index_never_descends_into_a_run_folder(tmp_path):
-    from ijepa_fast.data.scan import walk
+    from ijepa_fast.data.walk import walk
 
     for folder in ("a", "runs/demo/checkpoints", "runs/other"):
         (tmp_path / folder).mkdir(parents=True)

@@ -13,6 +13,7 @@ from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.index import RECORD, Index, PathTable, build_index
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import center_boxes
+from ijepa_fast.data.storage import is_remote
 from ijepa_fast.errors import DecodeError, UserError
 
 THREADS = 8  # that read and decode
@@ -22,11 +23,14 @@ _Item = TypeVar("_Item")
 def index_images(paths: Sequence[str | Path]) -> Index:
     """One index of all images in `paths`, files and folders (at any depth), in the order given.
 
-    One folder gives the index that training has of it, classes and cache and all; of anything else, no image has a
-    class. Raises `UserError` for a path that does not exist and for what cannot be read as an image.
+    One folder, or one address (`s3://bucket/folder`), gives the index that training has of it, classes and cache and
+    all; of anything else, no image has a class. Raises `UserError` for a path that does not exist, for what cannot be
+    read as an image, and for an address that is not alone.
     """
-    if len(paths) == 1 and os.path.isdir(paths[0]):
+    if len(paths) == 1 and (is_remote(paths[0]) or os.path.isdir(paths[0])):
         return build_index(paths[0], threads=THREADS)
+    if remote := next((path for path in paths if is_remote(path)), None):
+        raise UserError(f"{remote} is an address, and can only be named alone; copy its images here to name others too")
     names: list[bytes] = []
     records: list[np.ndarray] = []
     for path in paths:

@@ -3,7 +3,8 @@
     python -m ijepa_fast.data.index ROOT... [--verify] [--workers N]
 
 builds it ahead of training, shows what it holds and, with `--verify`, decodes every image (see `verify`). A root holds
-folders, uncompressed tars and parquet files, mixed and nested as they come (`scan`); what is kept is in `table`.
+folders, uncompressed tars and parquet files, mixed and nested as they come (`walk`, `scan`), here or at an address that
+fsspec reaches (`storage`); what is kept is in `table`.
 Parts that are done are kept in a journal, so a builder that was killed goes on where it was.
 """
 import sys
@@ -29,13 +30,16 @@ from typing import Any
 
 import numpy as np
 
-from ijepa_fast.data.scan import SUFFIXES, Part, Tree, Unit, join, scan, walk
+from ijepa_fast.data.scan import Part, join, scan
+from ijepa_fast.data.storage import is_remote, parent
 from ijepa_fast.data.table import FILE, RECORD, Index, PathTable, load_index, save_index
+from ijepa_fast.data.walk import SUFFIXES, Tree, Unit, walk
 from ijepa_fast.errors import UserError
 
 __all__ = ["RECORD", "SUFFIXES", "Index", "PathTable", "build_index", "cache_path"]
 
 _PATIENCE_S = 2.0  # reading headers for longer than this shows a bar
+_REQUESTS = 4  # of each thread, at an address: they wait more than they work
 _MOST_LINES = 20  # on unreadable files, at a time
 _FRAME = struct.Struct("<16sQI")  # of the journal: key of the unit, bytes of the part, their CRC-32
 
@@ -46,30 +50,39 @@ def build_index(
     cache_dir: str | Path | None = None,
     threads: int = 8,
     write_cache: bool = True,
+    compare: bool = True,
     report: Callable[[str], None] | None = None,
 ) -> Index:
     """The index of all images below `root`, at any depth, from the cache where nothing has changed.
 
-    The class of an image is the folder directly below `root` that it lies in, or what its tar or parquet file says (see
-    `scan`); sorted names give the labels 0, 1, ...; an image in `root` itself has none. Symbolic links are followed,
-    names that begin with a dot are left out. An image whose header cannot be read has 0 x 0 pixels. `report` gets lines
-    on what was done and left out; left to itself, warnings go to stderr, and nothing else.
+    `root`: a folder, a tar or parquet file, or the address of one (`s3://bucket/folder`). The class of an image is the
+    folder directly below `root` that it lies in, or what its tar or parquet file says (see `scan`); sorted names give
+    the labels 0, 1, ...; an image in `root` itself has none. Symbolic links are followed, names that begin with a dot
+    are left out. An image whose header cannot be read has 0 x 0 pixels. `report` gets lines on what was done and left
+    out; left to itself, warnings go to stderr, and nothing else.
 
     Raises `UserError` for a missing root and for one without a readable image. `cache_dir`: by default
     `$XDG_CACHE_HOME/ijepa_fast`; if it cannot be written, a warning says so; `write_cache=False` does not try.
+    `compare=False` believes the cache: another process has just compared it with what lies below `root`.
     """
-    root = os.path.realpath(os.path.expanduser(root))
-    if not os.path.exists(root):
+    root = real_root(root)
+    remote = is_remote(root)
+    if not remote and not os.path.exists(root):
         raise UserError(f"data folder {root} does not exist")
-    if not os.path.isdir(root) and not root.lower().endswith((".tar", ".parquet")):
+    alone = root.lower().endswith((".tar", ".parquet")) and (remote or not os.path.isdir(root))
+    if not remote and not alone and not os.path.isdir(root):
         raise UserError(f"data folder {root} is a file: it must be a folder with images, at any depth, or a tar")
     file = cache_path(root, cache_dir)
-    folder = root if os.path.isdir(root) else os.path.dirname(root)
-    index, begin = load_index(file, folder), time.perf_counter()
-    how = "read from its cache"
-    if index is None:
+    folder = root if not alone else parent(root) if remote else os.path.dirname(root)
+    index, begin = load_index(file, folder, compare=compare), time.perf_counter()
+    how, tree = "read from its cache", None
+    if remote and compare:  # no file of an address is watched: all are listed
         tree = walk(root)
-        index = _build(tree, file if write_cache else None, threads)
+        if index is not None and index.about.get("listing") != tree.digest():
+            index = None
+    if index is None:
+        tree = tree or walk(root)
+        index = _build(tree, file if write_cache else None, threads * (_REQUESTS if remote else 1))
         how = f"built in {time.perf_counter() - begin:.1f} s"
         if write_cache:
             try:
@@ -82,8 +95,15 @@ def build_index(
     return index
 
 
+def real_root(root: str | Path) -> str:
+    """An address as it is, without a slash at its end; of a folder or file, its real path."""
+    if isinstance(root, str) and is_remote(root):
+        return root if root.endswith("://") else root.rstrip("/")
+    return os.path.realpath(os.path.expanduser(root))
+
+
 def cache_path(root: str, cache_dir: str | Path | None = None) -> str:
-    """The file that holds the index of `root`, a real path."""
+    """The file that holds the index of `root`, as `real_root` gives it."""
     if cache_dir is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
         cache_dir = os.path.join(home, "ijepa_fast")
@@ -107,6 +127,8 @@ def _build(tree: Tree, file: str | None, threads: int) -> Index:
     if len(bad) == len(records):
         raise UserError(f"{bad[0][0]} cannot be read as an image: {bad[0][1]}; nor can any other below {tree.root}")
     about: dict[str, Any] = {"skipped": dict(sorted(skipped.items())), "bad": bad, "faults": faults}
+    if is_remote(tree.root):
+        about["listing"] = tree.digest()
     return Index(tree.root, records, class_names, containers, about)
 
 

@@ -6,7 +6,6 @@ What `--verify` finds goes to `bad.jsonl`, an object a line: path (or tar and me
 import contextlib
 import io
 import json
-import os
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +20,7 @@ from ijepa_fast import arguments_data
 from ijepa_fast.cli import command, console
 from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.formats import ImageError
-from ijepa_fast.data.index import build_index, cache_path, describe
+from ijepa_fast.data.index import build_index, cache_path, describe, real_root
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.table import Index, load_index
 from ijepa_fast.durable import write_durably
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     report = console().print
     for root in args.roots:
         index = build_index(root, threads=args.workers, report=report)
-        real = os.path.realpath(os.path.expanduser(root))
+        real = real_root(root)
         cached = load_index(cache_path(real), index.root, verify=True)
         report(f"kept in     {cache_path(real)}" + ("" if cached is not None else " (not written)"))
         summarize(index, report)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ijepa_fast.data.storage import LocalStorage, RangeFile, RemoteStorage
+
 _IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "picture")
 _LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 _KEPT_BYTES = 1 << 28
@@ -19,7 +21,7 @@ class ParquetFault(Exception):
     """The file cannot be read, or holds no images."""
 
 
-def _open(path: str) -> tuple[Any, str, str | None, list[str] | None]:
+def _open(source: str | RangeFile) -> tuple[Any, str, str | None, list[str] | None]:
     """The file, its image column, its label column, and the names of its classes."""
     try:
         import pyarrow as pa
@@ -27,7 +29,7 @@ def _open(path: str) -> tuple[Any, str, str | None, list[str] | None]:
     except ImportError:
         raise ParquetFault("reading it needs pyarrow (the extra `parquet`)") from None
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(source)
     except (pa.ArrowException, OSError) as error:
         raise ParquetFault(f"it is no readable parquet file: {' '.join(str(error).split())}") from None
     schema, images = file.schema_arrow, []
@@ -47,11 +49,11 @@ def _open(path: str) -> tuple[Any, str, str | None, list[str] | None]:
     return file, chosen, label, names
 
 
-def images(path: str) -> Iterator[tuple[bytes | None, str | None]]:
-    """The encoded bytes and the class name of each row."""
+def images(source: str | RangeFile) -> Iterator[tuple[bytes | None, str | None]]:
+    """The encoded bytes and the class name of each row of a file."""
     import pyarrow as pa
 
-    file, image, label, names = _open(path)
+    file, image, label, names = _open(source)
     columns = [image] if label is None else [image, label]
     try:
         for batch in file.iter_batches(batch_size=64, columns=columns):
@@ -75,7 +77,8 @@ def _bytes(column: Any) -> Iterator[bytes | None]:
 class ParquetReader:
     """Reads single rows; the row groups read last are kept. May be called from any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, files: LocalStorage | RemoteStorage):
+        self._storage = files
         self._lock = threading.Lock()
         self._files: dict[str, tuple[Any, str, np.ndarray]] = {}
         self._groups: collections.OrderedDict[tuple[str, int], Any] = collections.OrderedDict()
@@ -87,7 +90,7 @@ class ParquetReader:
         with self._lock:
             try:
                 if path not in self._files:
-                    file, image, _, _ = _open(path)
+                    file, image, _, _ = _open(self._storage.for_pyarrow(path))
                     sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
                     self._files[path] = file, image, np.cumsum([0, *sizes])
                 file, image, starts = self._files[path]

@@ -1,7 +1,5 @@
 """Encoded bytes from the containers, by a pool of threads: reading overlaps with decoding and hides a slow disk."""
-import errno
 import os
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -10,16 +8,15 @@ import numpy as np
 
 from ijepa_fast.data.formats import MAX_PIXELS, ImageError, prepare
 from ijepa_fast.data.parquet import ParquetFault, ParquetReader
+from ijepa_fast.data.patience import patiently
+from ijepa_fast.data.storage import RemoteStorage, storage
 from ijepa_fast.data.table import FILE, PARQUET, TAR, Index
 from ijepa_fast.errors import UserError
 
-# What a network file system says while it recovers. Other errors (no such file, no permission) are final.
-_PASSING = {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENETDOWN, errno.ENETUNREACH,
-            errno.EHOSTDOWN, errno.ECONNRESET, errno.EREMOTEIO}
 _GAP = 1 << 16  # bytes between two images of a tar that cost less to read than another call
 _SPAN = 1 << 22  # bytes that are read at one go at most
 _LARGEST = 1 << 30  # bytes of an encoded image
-_WAITS_S = (0.1, 0.5, 2.0)  # before each further try
+_REQUESTS = 4  # of each thread, at an address: they wait more than they work
 
 
 def _neighbours(records: np.ndarray) -> Iterator[list[int]]:
@@ -61,7 +58,9 @@ class Reading:
 
 
 class Reader:
-    """Reads images by their ids, `threads` at once. `close()` it, or use it as a context manager.
+    """Reads images by their ids, `threads` at once, from an address four times as many.
+
+    `close()` it, or use it as a context manager.
 
     An image is given as `formats.prepare` makes it, or as the `ImageError` that says why it cannot be used. An error
     that a network file system may get over is tried again after a while, three times. Images that lie close together in
@@ -70,8 +69,10 @@ class Reader:
 
     def __init__(self, index: Index, threads: int, max_pixels: int = MAX_PIXELS):
         self.index, self.max_pixels = index, max_pixels
-        self._parquet = ParquetReader()
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="reader")
+        self._storage = storage(index.root)
+        self._remote = isinstance(self._storage, RemoteStorage)
+        self._parquet = ParquetReader(self._storage)
+        self._pool = ThreadPoolExecutor(threads * (_REQUESTS if self._remote else 1), thread_name_prefix="reader")
 
     def start(self, ids: np.ndarray) -> Reading:
         """Begin to read at once; iterating waits for each image in turn."""
@@ -98,12 +99,9 @@ class Reader:
         records = self.index.records[images]
         first = int(records["offset"][0])
         end = int(records["offset"][-1]) + int(records["size"][-1])
+        path = self._path(records[0])
         try:
-            handle = os.open(self.index.container_path(int(records["container"][0])), os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                span = memoryview(os.pread(handle, end - first, first))
-            finally:
-                os.close(handle)
+            span = memoryview(patiently(lambda: self._storage.read(path, end - first, first)))
         except OSError:
             span = memoryview(b"")
         if len(span) != end - first:
@@ -128,35 +126,31 @@ class Reader:
     def _pread(self, record: np.ndarray) -> bytes:
         """The bytes as they are stored."""
         offset, size = int(record["offset"]), int(record["size"])
-        path = self.index.container_path(int(record["container"]))
+        path = self._path(record)
         if size > _LARGEST:
             raise ImageError(f"it has {size:,} bytes, more than {_LARGEST:,}")
-        for wait in (*_WAITS_S, None):
-            try:
-                return self._stored(path, int(record["flag"]), offset, size)
-            except OSError as error:
-                if error.errno not in _PASSING or wait is None:
-                    raise ImageError(f"it cannot be read any more: {error.strerror}") from None
-                time.sleep(wait)
-        raise AssertionError("the last try has no wait")
+        try:
+            return patiently(lambda: self._stored(path, int(record["flag"]), offset, size))
+        except OSError as error:
+            raise ImageError(f"it cannot be read any more: {error.strerror}") from None
+
+    def _path(self, record: np.ndarray) -> str:
+        return os.fsdecode(self.index.containers[int(record["container"])])
 
     def _stored(self, path: str, flag: int, offset: int, size: int) -> bytes:
         if flag == PARQUET:
             try:
                 return self._parquet.read(path, offset)
-            except ParquetFault as fault:
+            except (ParquetFault, UserError) as fault:
                 raise ImageError(str(fault)) from None
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            # A file that holds one image is read to its end, to notice one that has grown.
-            data = os.pread(handle, size + (flag == FILE), offset)
-        finally:
-            os.close(handle)
+        # A file that holds one image is read to its end, to notice one that has grown.
+        data = self._storage.read(path, size + (flag == FILE), offset)
         if len(data) != size:
             what = "file" if flag == FILE else "tar"
+            folder = os.path.dirname(os.path.join(self.index.root, path))
+            how = "start again to have it" if self._remote else f"`touch {folder}` to have its folder"
             raise ImageError(
-                f"it is not the {what} that was indexed with {size} bytes: put that back, "
-                f"or `touch {os.path.dirname(path)}` to have its folder indexed again"
+                f"it is not the {what} that was indexed with {size} bytes: put that back, or {how} indexed again"
             )
         return data
 

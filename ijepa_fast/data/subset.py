@@ -84,6 +84,7 @@ class _Finder:
 
     def ids(self, path: str) -> list[int]:
         path = path.strip()
+        path = path.removeprefix(f"{self.index.root}/")
         if os.path.isabs(path):
             path = os.path.relpath(path, self.index.root)
         if (container := self._container(path)) is not None:

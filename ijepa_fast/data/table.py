@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from ijepa_fast.data import order
+from ijepa_fast.data.patience import patiently
+from ijepa_fast.data.storage import storage
 
 RECORD = np.dtype([
     ("offset", "<u8"),  # bytes from the container's start; of an image in a parquet file, its row
@@ -102,18 +104,17 @@ class Index:
         record = self.records[image]
         path = self.container_path(int(record["container"]))
         if record["flag"] == TAR:
-            return f"{path}: {_member(path, int(record['offset']))}"
+            return f"{path}: {self._member(int(record['container']), int(record['offset']))}"
         return f"{path}: row {record['offset']}" if record["flag"] == PARQUET else path
 
-
-def _member(tar: str, offset: int) -> str:
-    """The name of the member whose contents begin at `offset`, cut to 100 bytes: it stands in the block before."""
-    try:
-        with open(tar, "rb") as file:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            return tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
-    except (OSError, tarfile.TarError, ValueError):
-        return f"the member at byte {offset}"
+    def _member(self, tar: int, offset: int) -> str:
+        """The name of the member whose contents begin at `offset`, cut to 100 bytes: it stands in the block before."""
+        try:
+            path, size = os.fsdecode(self.containers[tar]), tarfile.BLOCKSIZE
+            header = patiently(lambda: storage(self.root).read(path, size, offset - size))
+            return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name
+        except (OSError, tarfile.TarError, ValueError):
+            return f"the member at byte {offset}"
 
 
 def save_index(file: str, index: Index, watched: PathTable, stamps: np.ndarray) -> None:
@@ -167,11 +168,12 @@ def _digest(header: dict[str, Any], pieces: Iterator[bytes | memoryview]) -> str
     return hasher.hexdigest()
 
 
-def load_index(file: str, root: str, *, verify: bool = False) -> Index | None:
+def load_index(file: str, root: str, *, verify: bool = False, compare: bool = True) -> Index | None:
     """The index in `file`, memory-mapped; None where there is none, or it is damaged, of another format or out of date.
 
     It is out of date once a folder has another modification time than in `stamps` (adding, removing or renaming a file
-    or a folder changes it), or a tar or parquet file another time or size. `verify`: its hash too, in any case.
+    or a folder changes it), or a tar or parquet file another time or size.
+    `verify`: its hash too, in any case. `compare=False` does not look at the images.
     """
     try:
         with open(file, "rb") as opened:
@@ -199,6 +201,8 @@ def load_index(file: str, root: str, *, verify: bool = False) -> Index | None:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a damaged line decodes to anything
         return None
+    if not compare:
+        return index
     watched = PathTable(sections["watched"], sections["watched_offsets"].view(np.int64))
     return index if _unchanged(root, watched, sections["stamps"].view(np.int64).reshape(-1, 2)) else None
 

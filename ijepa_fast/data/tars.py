@@ -8,7 +8,9 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
+
+from ijepa_fast.data.storage import RangeFile, ReadAt
 
 _BLOCK = tarfile.BLOCKSIZE
 _SHARD = re.compile(r"(^|[-_.])\d+$")  # 000017, imagenet-train-000017: the number of a shard, and no class
@@ -25,11 +27,11 @@ class TarFault(Exception):
     """The tar cannot be read on; what came before it is sound."""
 
 
-def members(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
-    """The regular files of the tar in bytes `[start, end)` of `file`, those of tars inside it included."""
-    handle, at, slow = file.fileno(), start, None
+def members(read: ReadAt, start: int, end: int) -> Iterator[Member]:
+    """The regular files of the tar in bytes `[start, end)` of what `read` reads, those of tars inside it included."""
+    at, slow = start, None
     while True:
-        head = os.pread(handle, _BLOCK, at)
+        head = read(_BLOCK, at)
         if at + len(head) > end or len(head) < _BLOCK:
             raise TarFault("it is cut short: it has no end mark")
         if not head.strip(b"\0"):
@@ -38,12 +40,12 @@ def members(file: BinaryIO, start: int, end: int) -> Iterator[Member]:
         if found is not None:
             after = found.offset + found.size
         else:
-            slow = slow or _Slow(file, start)
+            slow = slow or _Slow(read, start, end)
             found, after = slow.member(at)
         if after > end:
             raise TarFault(f"it is cut short: {found.name if found else 'its last member'} is not whole")
         if found is not None and found.name.lower().endswith(".tar"):
-            yield from members(file, found.offset, found.offset + found.size)
+            yield from members(read, found.offset, found.offset + found.size)
         elif found is not None:
             yield found
         at = after + -after % _BLOCK
@@ -70,11 +72,11 @@ def _plain(head: bytes, at: int) -> Member | None:
 class _Slow:
     """`tarfile`, asked for the member at a given place."""
 
-    def __init__(self, file: BinaryIO, start: int):
-        file.seek(start)
-        self._file = file
+    def __init__(self, read: ReadAt, start: int, end: int):
+        self._file = RangeFile(read, end)
+        self._file.seek(start)
         try:
-            self._tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (it holds nothing of its own)
+            self._tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115 (it holds nothing of its own)
         except tarfile.TarError as error:
             raise TarFault(f"it is no uncompressed tar: {error}") from None
 

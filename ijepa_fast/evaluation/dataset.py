@@ -1,5 +1,6 @@
 """Labelled sets in the layouts that people have: train/ and val/, a folder a class, a CSV file."""
 import functools
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ijepa_fast.data.index import Index, build_index
+from ijepa_fast.data.index import Index, build_index, real_root
+from ijepa_fast.data.storage import storage
 from ijepa_fast.errors import UserError
 from ijepa_fast.evaluation.labels import Table, find_images, read_table
 from ijepa_fast.evaluation.split import stratified
@@ -39,7 +41,7 @@ class DataSet(NamedTuple):
 
 
 def open_dataset(
-    root: Path,
+    root: Path | str,
     csv_file: Path | None = None,
     column: str | None = None,
     *,
@@ -54,12 +56,13 @@ def open_dataset(
     with train and val says which part it belongs to, else a fifth is held out. `threads` and `report` are those of
     `build_index`. Raises UserError where labels are missing or are all the same.
     """
-    root, build = root.expanduser(), functools.partial(build_index, threads=threads, report=report)
+    root, build = real_root(root), functools.partial(build_index, threads=threads, report=report)
     if csv_file is not None:
         return _from_table(build(root), read_table(csv_file), column)
-    val = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
-    if (root / "train").is_dir() and val is not None:
-        data = _two_folders(build(root / "train"), build(val))
+    folders = storage(root).folders("")
+    val = next((name for name in VAL_NAMES if name in folders), None)
+    if "train" in folders and val is not None:
+        data = _two_folders(build(os.path.join(root, "train")), build(os.path.join(root, val)))
     else:
         data = _one_folder(build(root))
     if len(data.class_names) < 2:

@@ -131,7 +131,7 @@ def _global_batch(training: dict[str, Any]) -> int | None:
 def _position(config: Config, training: dict[str, Any]) -> Position:
     data = None
     steps_per_epoch = config.optim.epoch_length
-    if steps_per_epoch is None or config.data.root.exists():
+    if steps_per_epoch is None or isinstance(root := config.data.root, str) or root.exists():
         index = select(build_index(config.data.root, threads=config.data.threads), config.data)
         sampler = GlobalBatchSampler(len(index), config.optim.global_batch_size, config.train.seed)
         steps_per_epoch, data = steps_per_epoch or sampler.steps_per_epoch, index.fingerprint()
