@@ -73,7 +73,8 @@ def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
     cropped = image.crop((left, top, left + width, top + height))
     if cropped.mode.startswith("I"):  # 16 bits, also from a PGM, whose mode is I: convert() would clip at 255
         cropped = Image.fromarray((np.asarray(cropped).astype(np.int32) >> 8).astype(np.uint8))
-    return cropped.convert("RGB").resize((size, size), Image.Resampling.BILINEAR)
+    cropped = cropped if cropped.mode == "RGB" else cropped.convert("RGB")  # which would copy it
+    return cropped.resize((size, size), Image.Resampling.BILINEAR)
 
 
 def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
