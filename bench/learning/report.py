@@ -133,12 +133,12 @@ def mean(values: Iterable[float]) -> float:
 
 
 def difference(config: dict[str, Any], reference: dict[str, Any]) -> str:
-    """`section.key=value` of what differs, the seed aside."""
+    """`section.key=value` of what differs, the seed aside, and keys that the reference's version did not have."""
     changed = [
         f"{section}.{key}={value}"
         for section, keys in config.items()
         for key, value in keys.items()
-        if value != reference.get(section, {}).get(key) and (section, key) != ("train", "seed")
+        if value != reference.get(section, {}).get(key, value) and (section, key) != ("train", "seed")
     ]
     return ", ".join(changed)
 
