@@ -50,7 +50,7 @@ class Sequences:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.batch = self.model.gpu_batch if device.type == "cuda" else CPU_BATCH
         patches = self.model.grid**2
-        context, target, context_of = draw_masks(self.model.grid, self.batch, collate)
+        context, target, context_of, _ = draw_masks(self.model.grid, self.batch, collate)
         lengths = context.cu_seqlens.diff()
         if self.kind == "predictor":
             lengths = lengths[context_of.long()] + target.cu_seqlens.diff()

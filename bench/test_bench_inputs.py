@@ -34,7 +34,7 @@ class Inputs:
         self.mean, self.std = (torch.tensor(x, device=device) for x in (IMAGENET_MEAN, IMAGENET_STD))
         self.patches, self.patch = model.grid**2, model.patch_size
         self.columns = 3 * self.patch**2
-        context, target, self.context_of = draw_masks(model.grid, self.batch, collate)
+        context, target, self.context_of, _ = draw_masks(model.grid, self.batch, collate)
         self.contexts = self.targets = None
         if collate == "truncate":
             sides = (context, target)
