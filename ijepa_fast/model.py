@@ -371,7 +371,6 @@ class Predictor(nn.Module):
         x, branch = last(x, branch, cu_seqlens, max_seqlen, mask_rows, distinct)
         return self.predictor_proj(self.predictor_norm(x, branch, self.predictor_proj.compute_dtype)[1])
 
-
     def _each_once(self, x: Tensor, context: Packed) -> Tensor:
         """The tokens of the contexts, and a mask token at every patch, with their positions: `Distinct.x`."""
         positions = self.predictor_pos_embed[0]
