@@ -199,7 +199,9 @@ class AdamWEMA(torch.optim.AdamW):
         ema_update_(targets, sources, momentum)
         for some in low:
             if some:
-                foreach_copy_([_local(self.copies[t]) for t in some], [_local(t).detach() for t in some])
+                copies = [_local(self.copies[t]) for t in some]
+                foreach_copy_(copies, [_local(t).detach() for t in some])
+                torch.autograd.graph.increment_version(copies)  # on CUDA a foreach copy does not count as a change
 
     def _step_kernel(self, weights: list[Tensor], momentum: float) -> None:
         for p in weights:

@@ -187,7 +187,6 @@ def _update_triton(target, source, low_precision, momentum, device_momentum) -> 
     if plan.strided:
         lists = [[x[i] for i in plan.strided] for x in (target, source, low_precision) if x]
         ema_update_ref(*lists[:2], 1 - (device_momentum if on_device else momentum), *lists[2:])
-    torch.autograd.graph.increment_version(target + low_precision)
 
 
 def _update(
@@ -199,10 +198,11 @@ def _update(
 ) -> None:
     if use_triton(target[0]):
         _update_triton(target, source, low_precision, momentum, device_momentum)
-        return
-    _check(target, source, low_precision)
-    with torch.no_grad():
-        _update_torch(target, source, low_precision, 1 - (momentum if device_momentum is None else device_momentum))
+    else:
+        _check(target, source, low_precision)
+        with torch.no_grad():
+            _update_torch(target, source, low_precision, 1 - (momentum if device_momentum is None else device_momentum))
+    torch.autograd.graph.increment_version(target + low_precision)  # no kernel does, nor PyTorch's foreach ones on CUDA
 
 
 _update_op = register(
