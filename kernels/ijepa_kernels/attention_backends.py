@@ -151,7 +151,14 @@ def _why_not_flash_attn(case: _Case) -> str | None:
 
 
 def _why_not_xformers(case: _Case) -> str | None:
-    return case.why_not_library("xformers.ops.fmha", (*SIXTEEN_BIT, torch.float32), 128)
+    why = case.why_not_library("xformers.ops.fmha", (*SIXTEEN_BIT, torch.float32), 128)
+    if why:
+        return why
+    from xformers.ops import fmha
+
+    # It imports without them, and fails when it is called.
+    built = fmha.cutlass.FwOp.is_available() or fmha.flash.FwOp.is_available()
+    return None if built else "it has no operators for this build of torch: see `python -m xformers.info`"
 
 
 class Backend(NamedTuple):
