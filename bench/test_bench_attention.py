@@ -2,9 +2,9 @@
 
 `context` sequences are the context encoder's, `predictor` ones a context with its mask tokens, `dense` ones the whole
 images of the target encoder, forward only. `ours` is our kernel on a GPU and the PyTorch form on a CPU; `auto` is the
-backend that a user gets by default. The last four are plain PyTorch: a call of `scaled_dot_product_attention` for every
+backend that a user gets by default. The last five are plain PyTorch: a call of `scaled_dot_product_attention` for every
 sequence (`loop`), or one call, padded and masked (`padded`); and where lengths are equal, one call over the batch
-(`batched`), or the released way, which materialises the attention matrix (`materialised`).
+(`batched`, and by cuDNN: `cudnn`), or the released way, which materialises the attention matrix (`materialised`).
 """
 from functools import partial
 
@@ -15,12 +15,13 @@ from ijepa_kernels import varlen_attention
 from ijepa_kernels.attention import varlen_attention_ref
 from ijepa_kernels.attention_backends import BACKENDS, choose
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.harness.compare import Case, NotRun, Variant, assert_close
 from bench.harness.workload import MODELS, draw_masks
 
 CPU_BATCH = 8
-PLAIN = ("loop", "padded", "batched", "materialised")
+PLAIN = ("loop", "padded", "batched", "cudnn", "materialised")
 PROVIDERS = ["ours", "auto", *BACKENDS, *PLAIN]
 SEQUENCES = {
     "context64": ("B16", "context"),
@@ -57,7 +58,9 @@ class Sequences:
         elif self.kind == "dense":
             lengths = torch.full((self.batch,), patches)
         self.lengths = lengths.tolist()
-        self.tokens, self.max_seqlen = sum(self.lengths), 2 * patches if self.kind == "predictor" else patches
+        self.tokens = sum(self.lengths)
+        bounds = {"context": context.max_seqlen, "predictor": context.max_seqlen + target.max_seqlen, "dense": patches}
+        self.max_seqlen = bounds[self.kind]
         self.cu_seqlens = F.pad(lengths.cumsum(0), (1, 0)).to(device, torch.int32)
         self.training = self.kind != "dense"
         self.packing = self._packing()
@@ -104,6 +107,13 @@ class Sequences:
     def batched(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.need_equal_lengths()
         return F.scaled_dot_product_attention(*map(self.dense, (q, k, v))).transpose(1, 2).flatten(0, 1)
+
+    def cudnn(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self.need_equal_lengths()
+        if q.device.type != "cuda":
+            raise NotRun("GPU only")
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return self.batched(q, k, v)
 
     def materialised(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self.need_equal_lengths()

@@ -38,6 +38,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
+    parser.add_argument("--only", metavar="EXPRESSION", help="the cases that pytest's -k picks by it, as `step and H14`")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of a part, at most; default: {MINUTES}")
     parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
     args = parser.parse_args(argv)
 
@@ -46,11 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     path = args.out.resolve() / folder_name(device_name(device)) / name
     options = ["--quick"] * args.quick + ["--profile"] * args.profile + ["--compile"] * args.compile
     options += ["--released", str(args.released.resolve())] if args.released else []
+    options += ["-k", args.only] if args.only else []
     failed = False
     for part in PARTS if args.part == "all" else [args.part]:
         for again in (False, True) if args.twice and part != "tests" else (False,):
             started = time.monotonic()
-            ok = run_tests(path) if part == "tests" else run_part(part, path, [*options, *["--again"] * again])
+            run = [*options, *["--again"] * again]
+            ok = run_tests(path) if part == "tests" else run_part(part, path, run, args.minutes)
             failed |= not ok
             print(f"{part}{' again' * again}: {'done' if ok else 'with failures'}, {time.monotonic() - started:.0f} s")
     print("\n".join(table(json.loads(path.read_text())["rows"])))
@@ -58,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     return int(failed)
 
 
-def run_part(part: str, path: Path, options: list[str]) -> bool:
+def run_part(part: str, path: Path, options: list[str], minutes: float) -> bool:
     files = [f"bench/test_bench_{suite}.py" for suite in PARTS[part]]
-    budget = str(60 * MINUTES - GRACE_S)
+    budget = str(60 * minutes - GRACE_S)
     code = _pytest(*files, "--benchmark-only", "-q", "--record", str(path), "--budget", budget, *options)
     if code not in (0, 1):  # neither passed nor failed: it was killed, or died
         row = {"suite": part, "op": "process", "case": "", "provider": "ours"}
