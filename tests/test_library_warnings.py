@@ -1,7 +1,10 @@
 """What Pillow warns of is named, said once, counted, and never raw on stderr; other warnings go the usual way."""
 import contextlib
 import os
+import shutil
 import struct
+import subprocess
+import sys
 import tarfile
 import threading
 import warnings
@@ -56,6 +59,24 @@ def shown(monkeypatch):
     messages = list[str]()
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: messages.append(str(message)))
     return messages
+
+
+@pytest.mark.long
+def test_a_run_names_the_image_once_and_counts(photographs, tiny_config, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(photographs, root)
+    one = root / "class_1" / "3.jpg"
+    one.write_bytes(damaged(5, one.read_bytes()))
+    done = subprocess.run(
+        [sys.executable, "-m", "ijepa_fast.train", "--config", tiny_config, f"data.root={root}", "optim.epochs=2",
+         "optim.warmup_epochs=1", f"train.folder={tmp_path / 'run'}"],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout.count("Corrupt EXIF") == 1
+    assert f"\n{one}: {words(5)}\n" in done.stdout
+    assert "\nwarnings    2 of libraries on images\n" in done.stdout  # 40 images, all in each of two epochs
 
 
 def test_threads_that_decode_at_once_name_their_own_image(shown):

@@ -119,6 +119,7 @@ class Account:
     replaced: int = 0  # samples
     ids: set[int] = field(default_factory=set)  # of the different bad images
     last: BadImage | None = None
+    warned: library_warnings.Account = field(default_factory=library_warnings.Account)  # not in a checkpoint
 
     @property
     def file(self) -> Path:
