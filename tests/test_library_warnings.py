@@ -21,6 +21,7 @@ from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.data.index import build_index
+from ijepa_fast.data.index_cli import main as index_main
 from ijepa_fast.data.library_warnings import IMAGES, MESSAGES, Account, Taken, about, batch, finish, take
 from ijepa_fast.data.pipeline import ImageSource
 
@@ -185,6 +186,22 @@ def test_dali_leaves_names_with_the_images_that_pillow_decodes():
     with contextlib.closing(build_decoder("dali", 1)) as decoder, batch("photo {}".format):
         decoder.decode(images, BOX.repeat(3, 0), SIZE)
     assert take() == ([("photo 2", PALETTE)], 1)
+
+
+def test_verify_says_them_in_its_report(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for left in (4, 7):
+        (tmp_path / "data" / f"{left}.jpg").write_bytes(damaged(left))
+    (tmp_path / "data" / "sound.jpg").write_bytes(odd_images.encode(odd_images.photo(), "JPEG"))
+    assert index_main(["data", "--verify"]) == 0
+    out, err = capfd.readouterr()
+    root = os.path.realpath("data")
+    for left in (4, 7):
+        assert out.count(f"{root}/{left}.jpg: {words(left)}\n") == 1
+    assert out.endswith("\nwarnings    2 of libraries on images\n")
+    assert "0 bad" in out
+    assert err.strip() == ""  # the bar leaves a line
 
 
 def test_a_command_without_a_report_says_them_at_its_end(tmp_path, capfd, shown):
