@@ -30,7 +30,10 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
         try:
             with compat.single_process_checkpoints():
-                main(argv)
+                try:
+                    main(argv)
+                finally:
+                    _tell_library_warnings()
         except UserError as error:
             own = _has_joined() and not isinstance(error, SharedError)
             if own or os.environ.get("LOCAL_RANK", "0") == "0":
@@ -61,6 +64,14 @@ def _has_joined() -> bool:
     """Whether other processes were met: not before the module that does it was imported, which takes seconds."""
     distributed = sys.modules.get("ijepa_fast.distributed")
     return distributed is not None and distributed.has_joined()
+
+
+def _tell_library_warnings() -> None:
+    """Those on images that the command itself has not reported. Of several processes, those of the first alone."""
+    library_warnings = sys.modules.get("ijepa_fast.data.library_warnings")  # without it no image was decoded
+    for line in library_warnings.finish() if library_warnings is not None else ():
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {line}", file=sys.stderr)
 
 
 def _let_go_of_full_stdout() -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from ijepa_fast import parallel
 from ijepa_fast.checkpoint import Checkpoints
 from ijepa_fast.config import Config
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.bad import Account
 from ijepa_fast.errors import SharedError
 from ijepa_fast.evaluation.collapse import collapse_warning
@@ -58,11 +59,14 @@ def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: B
 
 
 def report_bad(run: Run, unread: list[Update], account: Account, done: int, console: Console) -> None:
-    """Account for the images that could not be used since the last time, on all ranks."""
-    bad = [image for update in unread for image in update.bad]
-    if not run.world.any(bool(bad)):
+    """Account for the images that could not be used since the last time, or that libraries warned of, on all ranks."""
+    bad, warned = [image for update in unread for image in update.bad], library_warnings.take()
+    if not run.world.any(bool(bad or warned.raised)):
         return
-    every = [image for images in run.world.gather_objects(bad) for image in images]
+    of_ranks = run.world.gather_objects((bad, warned))
+    for line in account.warned.add([warned for _, warned in of_ranks]):
+        console.print(line, markup=False)
+    every = [image for images, _ in of_ranks for image in images]
     lines = account.add(sorted(every, key=lambda image: (image.step, image.position)), write=run.world.is_main)
     for line in lines[:MOST_LINES]:
         console.print(line, markup=False)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ijepa_fast.config import MaskConfig
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.pipeline import ImageSource
 from ijepa_fast.data.sampler import crop_boxes
 from ijepa_fast.errors import DecodeError, UserError
@@ -57,7 +58,8 @@ def ask(source: ImageSource, ids: np.ndarray, mask: MaskConfig, grid: int, scale
         width, height = (np.full(CANDIDATES, record[side]) for side in ("width", "height"))
         boxes = crop_boxes(_SEED, 0, i * CANDIDATES + np.arange(CANDIDATES), width, height, (scale, scale))
         try:
-            crops.append(source.decoder.decode([encoded] * CANDIDATES, boxes, source.image_size))
+            with library_warnings.batch(lambda _: source.index.path(i)):  # noqa: B023 (called in here only)
+                crops.append(source.decoder.decode([encoded] * CANDIDATES, boxes, source.image_size))
         except DecodeError as error:
             path = source.index.path(i)
             raise UserError(f"{path} cannot be decoded: {error.reason}; remove or replace it") from None

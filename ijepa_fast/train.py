@@ -136,6 +136,8 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
                 break
         checkpoints.wait()
 
+    if account.warned.raised:
+        console.print(f"warnings    {account.warned.raised:,} of libraries on images")
     if world.is_main:
         draw(run, checkpoints, console, stopped=done < total)
     if done < total:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.counter_rng import uniforms
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.reader import Reader
@@ -77,7 +78,8 @@ def decode_all(
     reasons = {at: str(data) for at, data in enumerate(encoded) if isinstance(data, ImageError)}
     whole = {at: data for at, data in enumerate(encoded) if not isinstance(data, ImageError)}
     good = list(whole)
-    decoded, refused = decoder.decode_each(list(whole.values()), boxes[good], size)
+    with library_warnings.batch(lambda at: index.path(ids[good[at]])):
+        decoded, refused = decoder.decode_each(list(whole.values()), boxes[good], size)
     if not reasons and not refused:
         return Filled(decoded, [])
     pixels = torch.zeros((len(ids), size, size, 3), dtype=torch.uint8, device=decoded.device)
@@ -90,7 +92,8 @@ def decode_all(
             (data,) = reader.start(one)
             if isinstance(data, ImageError):
                 continue
-            decoded, refused = decoder.decode_each([data], box_of(one), size)
+            with library_warnings.batch(lambda _: index.path(one[0])):  # noqa: B023 (called in here only)
+                decoded, refused = decoder.decode_each([data], box_of(one), size)
             if not refused:
                 pixels[at] = decoded[0]
                 bad.append((at, reasons[at], candidate))
@@ -116,6 +119,7 @@ class Account:
     replaced: int = 0  # samples
     ids: set[int] = field(default_factory=set)  # of the different bad images
     last: BadImage | None = None
+    warned: library_warnings.Account = field(default_factory=library_warnings.Account)  # not in a checkpoint
 
     @property
     def file(self) -> Path:

@@ -13,6 +13,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import Pipeline
 
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.data.formats import is_common
 from ijepa_fast.errors import DecodeError
@@ -58,7 +59,9 @@ class DaliDecoder:
                 pixels[common] = decoded
             else:
                 left = sorted(left + self._one_by_one(pixels, common, encoded, boxes, size))
-            decoded, reasons = self._pillow.decode_each([encoded[i] for i in left], boxes[left], size)
+            name = library_warnings.names()
+            with library_warnings.batch(lambda at: name(left[at])):
+                decoded, reasons = self._pillow.decode_each([encoded[i] for i in left], boxes[left], size)
             pixels[left] = decoded.to(self.device)
             return self._own(pixels), {left[at]: reason for at, reason in reasons.items()}
 

@@ -3,6 +3,7 @@
 Files of 16 bits a channel keep their upper eight, as Pillow itself does it for colour; of 32 bits and of floats nothing
 says what is white, so `formats` refuses them by name.
 """
+import functools
 import io
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.formats import FORMATS, MAX_PIXELS, NAMES
 from ijepa_fast.errors import DecodeError
 
@@ -47,10 +49,12 @@ class PillowDecoder:
     def decode_each(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> tuple[torch.Tensor, dict[int, str]]:
         """As `Decoder.decode_each`."""
         pixels = np.empty((len(encoded), size, size, 3), np.uint8)
+        name = library_warnings.names()  # those of the thread that asks
 
         def decode_one(position: int) -> str | None:
             try:
-                pixels[position] = np.asarray(self._crop(encoded[position], boxes[position].tolist(), size))
+                with library_warnings.about(functools.partial(name, position)):
+                    pixels[position] = np.asarray(self._crop(encoded[position], boxes[position].tolist(), size))
             except Exception as error:  # Pillow's plugins raise whatever damaged data leads them to
                 pixels[position] = 0
                 return " ".join(str(error).split()) or type(error).__name__

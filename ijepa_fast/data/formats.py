@@ -5,7 +5,6 @@ pixels has no influence: text and profile chunks of a PNG are cut out, and junk 
 """
 import io
 import struct
-import warnings
 import zlib
 from typing import NamedTuple
 
@@ -20,15 +19,15 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from ijepa_fast.data import library_warnings
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")  # whatever a file's suffix says
 NAMES = "a JPEG, PNG, WebP, BMP, TIFF, PPM or PGM image"
 MAX_PIXELS = 178_956_970  # above this Pillow takes an image for a decompression bomb; `data.max_pixels` changes it
 MAX_UNZIPPED = 1 << 28  # bytes that a member which is gzip inside may unpack to
 
-# `MAX_PIXELS` is checked here, before an image is opened. Pillow's own limit has no key, and its warnings (EXIF,
-# palettes, sizes) name no file: they are about what has no influence on the pixels, or end in an error that does.
+# `MAX_PIXELS` is checked here, before an image is opened. Pillow's own limit has no key.
 Image.MAX_IMAGE_PIXELS = None
-warnings.filterwarnings("ignore", module=r"PIL\.")
 
 _GZIP = b"\x1f\x8b"
 _OTHERS = ((b"GIF8", "a GIF"), (b"\0\0\1\0", "an ICO"), (b"8BPS", "a PSD"), (b"\0\0\0\x0cjP  ", "a JPEG 2000"),
@@ -181,7 +180,7 @@ def _png_pixels(data: bytes) -> bytes:
 
 def _pillow_header(data: bytes) -> Header:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with library_warnings.unsaid(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
                 kind = "float" if image.mode == "F" else "32-bit integer"
                 raise ImageError(f"its pixels are {kind} numbers, and nothing says which are black and white")

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.index import RECORD, Index, PathTable, build_index
@@ -50,7 +51,7 @@ def index_images(paths: Sequence[str | Path]) -> Index:
 def _record(path: bytes) -> np.ndarray:
     record = np.zeros(1, RECORD)
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb") as file, library_warnings.unsaid():
             record["size"] = os.fstat(file.fileno()).st_size
             record["width"], record["height"] = open_image(file).size
     except Exception as error:  # Pillow's plugins raise whatever a malformed header leads them to
@@ -81,10 +82,12 @@ def _decoded(
                 records = index.records[some]
                 boxes = center_boxes(records["width"], records["height"])
                 try:
-                    yield decoder.decode(reader.read(some), boxes, image_size)
+                    with library_warnings.batch(lambda at: index.path(some[at])):  # noqa: B023 (called in here only)
+                        pixels = decoder.decode(reader.read(some), boxes, image_size)
                 except DecodeError as error:
                     path = index.path(some[error.position])
                     raise UserError(f"{path} cannot be decoded: {error.reason}; remove or replace it") from None
+                yield pixels
     finally:
         decoder.close()
 

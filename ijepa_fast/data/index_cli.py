@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ijepa_fast import arguments_data
 from ijepa_fast.cli import command, console
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.decoder_pillow import open_image
 from ijepa_fast.data.formats import ImageError
 from ijepa_fast.data.index import build_index, cache_path, describe, real_root
@@ -92,7 +93,12 @@ def verify(index: Index, state: Path, bad: Path, workers: int, max_pixels: int, 
     first = _go_on(state, bad, mark)
     if first:
         report(f"verifying from image {first:,} on, where it was stopped")
-    reasons, begin = Counter[str](), time.perf_counter()
+    reasons, begin, warned = Counter[str](), time.perf_counter(), library_warnings.Account()
+
+    def fault(image: int, data: bytes | ImageError) -> str | None:
+        with library_warnings.about(lambda: index.path(image)):
+            return fault_of(data)
+
     bar = Progress(TextColumn("verifying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                    console=Console(stderr=True), transient=True)  # fmt: skip
     with (
@@ -106,7 +112,7 @@ def verify(index: Index, state: Path, bad: Path, workers: int, max_pixels: int, 
         for start in range(first, len(index), _CHUNK):
             stop = min(start + _CHUNK, len(index))
             current, ahead = ahead, reader.start(np.arange(stop, min(stop + _CHUNK, len(index))))
-            for image, reason in enumerate(pool.map(fault_of, current), start):
+            for image, reason in enumerate(pool.map(fault, range(start, stop), current), start):
                 if reason is not None:
                     reasons[reason] += 1
                     out.write(json.dumps({"image": image, "path": index.path(image), "reason": reason}) + "\n")
@@ -118,6 +124,10 @@ def verify(index: Index, state: Path, bad: Path, workers: int, max_pixels: int, 
     report(f"verified    {len(index) - first:,} images in {time.perf_counter() - begin:.1f} s; {number:,} bad: {bad}")
     for reason, count in reasons.most_common(20):
         report(f"            {count:,}: {reason}")
+    for line in warned.add([library_warnings.take()]):
+        report(line)
+    if warned.raised:
+        report(f"warnings    {warned.raised:,} of libraries on images")
 
 
 def _go_on(state: Path, bad: Path, mark: dict[str, Any]) -> int:

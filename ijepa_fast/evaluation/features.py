@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ijepa_fast.counter_rng import uniforms
+from ijepa_fast.data import library_warnings
 from ijepa_fast.data.decoder import Decoder
 from ijepa_fast.data.reader import Reader
 from ijepa_fast.data.sampler import center_boxes, crop_boxes
@@ -145,7 +146,8 @@ def decode(
     if view is not None:
         boxes = crop_boxes(seed, view, ids, widths, heights, CROP_SCALE)
     try:
-        images = decoder.decode(encoded, boxes, size)
+        with library_warnings.batch(lambda at: part.index.path(ids[at])):
+            images = decoder.decode(encoded, boxes, size)
     except DecodeError as error:
         path = part.index.path(ids[error.position])
         raise UserError(f"{path} cannot be decoded: {error.reason}; remove or replace it") from None
