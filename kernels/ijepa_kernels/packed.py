@@ -65,7 +65,9 @@ class Packed(NamedTuple):
         device = torch.device(device)
         if device.type == self.indices.device.type and device.index in (None, self.indices.device.index):
             return self
-        parts = (self.indices, self.cu_seqlens, self.image)
+        # Indices last: the others' places are then the same in every batch. To a compiler they are a view's offset,
+        # which it would compare with the number of tokens.
+        parts = (self.cu_seqlens, self.image, self.indices)
         sizes = [part.numel() for part in parts]
         starts = [0]
         for size in sizes:
@@ -75,8 +77,8 @@ class Packed(NamedTuple):
         for part, start, size in zip(parts, starts, sizes, strict=False):
             buffer[start : start + size] = part
         there = buffer.to(device, non_blocking=non_blocking)
-        moved = [there[start : start + size] for start, size in zip(starts, sizes, strict=False)]
-        return Packed(*moved, self.max_seqlen)
+        cu_seqlens, image, indices = (there[i : i + size] for i, size in zip(starts, sizes, strict=False))
+        return Packed(indices, cu_seqlens, image, self.max_seqlen)
 
     def rows(self, num_patches: int) -> Tensor:
         """int64 `[T]`: each token's row in a dense `[B, num_patches, ...]` flattened to `[B * num_patches, ...]`."""
