@@ -29,6 +29,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "H100")
     monkeypatch.setattr(attention_backends, "INTERPRETED", False)
+    monkeypatch.setattr(attention_backends, "MEASURED_FASTER", frozenset())
     for module in ("flash_attn_interface", "flash_attn", "flash_attn.cute", "xformers", "xformers.ops.fmha"):
         monkeypatch.setitem(sys.modules, module, None)  # importing it raises ImportError
 
