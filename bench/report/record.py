@@ -7,10 +7,13 @@ how far its second median is from its first. `python bench/report.py` makes RESU
 """
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +23,7 @@ from bench.harness.rows import Record, table
 
 PARTS = {
     "tests": [],
+    "sanitizer": [],  # the same tests, those of the kernels' reads and writes, under compute-sanitizer
     "ops": ["ops", "inputs", "masks"],
     "attention": ["attention"],
     "step": ["step", "data"],
@@ -28,6 +32,7 @@ PARTS = {
 }
 MINUTES = 9
 GRACE_S = 60  # of these, for the last case to end
+SANITIZED = "(writes_ or every_dtype or head_dims_of_other) and not cuda-torch"  # of tests/kernels; a minute on an H100
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
-    parser.add_argument("--only", metavar="EXPRESSION", help="the cases that pytest's -k picks by it, as `step and H14`")
+    parser.add_argument("--only", metavar="EXPRESSION", help="of the cases those that pytest's -k picks, as `H14 and ragged`")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of a part, at most; default: {MINUTES}")
     parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
     args = parser.parse_args(argv)
@@ -51,10 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     options += ["-k", args.only] if args.only else []
     failed = False
     for part in PARTS if args.part == "all" else [args.part]:
-        for again in (False, True) if args.twice and part != "tests" else (False,):
+        for again in (False, True) if args.twice and PARTS[part] else (False,):
             started = time.monotonic()
             run = [*options, *["--again"] * again]
-            ok = run_tests(path) if part == "tests" else run_part(part, path, run, args.minutes)
+            ok = run_part(part, path, run, args.minutes) if PARTS[part] else run_tests(part, path)
             failed |= not ok
             print(f"{part}{' again' * again}: {'done' if ok else 'with failures'}, {time.monotonic() - started:.0f} s")
     print("\n".join(table(json.loads(path.read_text())["rows"])))
@@ -72,17 +77,25 @@ def run_part(part: str, path: Path, options: list[str], minutes: float) -> bool:
     return code == 0
 
 
-def run_tests(path: Path) -> bool:
+def run_tests(part: str, path: Path) -> bool:
     """`pytest -m gpu`: a row for each test that did not pass, and one with the counts."""
-    record = Record(path)
-    row = {"suite": "tests", "op": "gpu", "case": "", "provider": "ours"}
-    if not torch.cuda.is_available():
+    record, sanitized = Record(path), part == "sanitizer"
+    row = {"suite": "tests", "op": "sanitizer" if sanitized else "gpu", "case": "", "provider": "ours"}
+    tool = shutil.which("compute-sanitizer")
+    if not torch.cuda.is_available() or (sanitized and tool is None):
         record.open_session(describe(torch.device("cpu")))
-        record.add({**row, "status": "not run: GPU only"})
+        why = "compute-sanitizer is not installed" if torch.cuda.is_available() else "GPU only"
+        record.add({**row, "status": f"not run: {why}"})
         return True
     record.open_session(describe(torch.device("cuda")))
     report = path.with_suffix(".xml")
-    ok = _pytest("tests", "-m", "gpu", "-q", "--junitxml", str(report)) == 0
+    options = ["-m", "gpu", "-q", "--junitxml", str(report)]
+    if sanitized:  # a cache of freed memory would hide what lies outside of a tensor
+        settings = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "IJEPA_KERNELS_CHECK": "1"}
+        under = [str(tool), "--tool", "memcheck", "--error-exitcode", "9"]
+        ok = _pytest("tests/kernels", "-k", SANITIZED, *options, under=under, settings=settings) == 0
+    else:
+        ok = _pytest("tests", *options) == 0
     counts: dict[str, int] = {}
     for test in ElementTree.parse(report).iter("testcase") if report.exists() else ():
         kinds = {"failure": "failed", "error": "failed", "skipped": "skipped"}
@@ -93,14 +106,16 @@ def run_tests(path: Path) -> bool:
             why = next((child.get("message") or "" for child in test if child.tag in kinds), "")
             record.add({**row, "op": name, "status": f"{kind}: {why.splitlines()[0][:150] if why else ''}"})
     report.unlink(missing_ok=True)
-    record.add({**row, "status": "counted" if counts else "error: no report", "counts": counts})
+    counted = "counted" if ok or not sanitized or counts.get("failed") else "error: compute-sanitizer found faults"
+    record.add({**row, "status": counted if counts else "error: no report", "counts": counts})
     return ok
 
 
-def _pytest(*arguments: str) -> int | str:
+def _pytest(*arguments: str, under: Sequence[str] = (), settings: Mapping[str, str] | None = None) -> int | str:
     """The exit code of pytest, run in the repository and killed after MINUTES so that the next part still runs."""
-    command = [sys.executable, "-m", "pytest", *arguments]
+    command = [*under, sys.executable, "-m", "pytest", *arguments]
+    environment = os.environ | dict(settings or {})
     try:
-        return subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES).returncode
+        return subprocess.run(command, cwd=ROOT, timeout=60 * MINUTES, env=environment).returncode
     except subprocess.TimeoutExpired:
         return f"none, stopped after {MINUTES} minutes"
