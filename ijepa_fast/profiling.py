@@ -33,5 +33,6 @@ def profiled(steps: int | None, folder: Path, report: Callable[[str], None]) -> 
         report(f"profile     {folder / 'profile.txt'}, {folder / 'profile.json'}")
 
     stages = schedule(wait=SKIPPED - 1, warmup=1, active=steps, repeat=1)
-    with profile(activities=activities, schedule=stages, on_trace_ready=write) as profiler:
+    # acc_events: there is one cycle, whose events are all wanted; without it PyTorch warns that a next would drop them
+    with profile(activities=activities, schedule=stages, on_trace_ready=write, acc_events=True) as profiler:
         yield profiler.step
