@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--released", type=Path, metavar="CHECKOUT", help="a checkout of the released I-JEPA code")
     parser.add_argument("--compile", action="store_true", help="torch.compile on a CPU too, where it takes minutes")
     parser.add_argument("--profile", action="store_true", help="add to every step where its time goes, op by op")
-    parser.add_argument("--only", metavar="EXPRESSION", help="of the cases those that pytest's -k picks, as `H14 and ragged`")
+    parser.add_argument("--only", metavar="EXPRESSION", help="the cases that pytest -k picks, as `H14 and ragged`")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"of a part, at most; default: {MINUTES}")
     parser.add_argument("--twice", action="store_true", help="run again, and mark the rows that differ")
     args = parser.parse_args(argv)
