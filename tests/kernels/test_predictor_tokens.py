@@ -175,7 +175,7 @@ def test_compiles_to_one_graph_over_changing_token_counts(device):
 
     inputs = []
     for lengths in ([3, 5], [2, 11], [7, 1]):
-        leaves, *packs = sample(lengths, [2, lengths[1], 6, lengths[0]], [0, 1, 1, 0], 24, device=device)
+        leaves, *packs = sample(lengths, [2, lengths[1], 7, lengths[0]], [0, 1, 1, 0], 24, device=device)
         inputs.append((*leaves, *packs))
     assert_compiles_once(step, inputs)
 

@@ -115,7 +115,7 @@ def test_opcheck(device):
 
 def test_compiles_to_one_graph_over_changing_token_counts(device):
     inputs = [
-        sample(lengths, [2, lengths[1], 6, lengths[0]], [0, 1, 1, 0], 24, device=device)
+        sample(lengths, [2, lengths[1], 7, lengths[0]], [0, 1, 1, 0], 24, device=device)
         for lengths in ([3, 5], [2, 11], [7, 1])
     ]
     assert_compiles_once(lambda x, *packs: predictor_rows(x * 2, *packs) * 3, inputs)
