@@ -103,7 +103,7 @@ def run_tests(part: str, path: Path) -> bool:
         counts[kind] = counts.get(kind, 0) + 1
         if kind != "passed":
             name = f"{test.get('classname')}.{test.get('name')}"
-            why = next((child.get("message") or "" for child in test if child.tag in kinds), "")
+            why = next((child.get("message") or "" for child in test if child.tag in kinds), "").replace(f"{ROOT}/", "")
             record.add({**row, "op": name, "status": f"{kind}: {why.splitlines()[0][:150] if why else ''}"})
     report.unlink(missing_ok=True)
     counted = "counted" if ok or not sanitized or counts.get("failed") else "error: compute-sanitizer found faults"

@@ -22,6 +22,7 @@ SUITES = {
     "memory": "Peak memory of a step",
     "inputs": "Ops that make a transformer's input",
     "ops": "Ops on its output and weights",
+    "fused": "Inside its blocks, and the optimizer",
     "attention": "Attention",
     "masks": "Masks",
     "data": "Data",
@@ -62,8 +63,7 @@ def report(results: Path, relative_to: Path) -> str:
     if not devices:
         lines += ["", "**No record at all yet.**"]
     for folder, records in devices.items():
-        previous = records[-2] if len(records) > 1 else None
-        lines += device_section(records[-1], previous, folder, relative_to)
+        lines += device_section(records, folder, relative_to)
     return "\n".join(lines) + "\n"
 
 
@@ -73,9 +73,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
     return sorted((r for r in records if r["sessions"] and r["rows"]), key=lambda r: r["sessions"][-1]["date"])
 
 
-def device_section(
-    record: dict[str, Any], previous: dict[str, Any] | None, folder: Path, relative_to: Path
-) -> list[str]:
+def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Path) -> list[str]:
+    record, previous = records[-1], records[-2] if len(records) > 1 else None
     machine, rows = record["sessions"][-1], record["rows"]
     loads = [session["load"][0] for session in record["sessions"]]
     # Later parts begin with the load average that earlier parts caused.
@@ -104,7 +103,7 @@ def device_section(
             lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.get(suite, [])]
     if without := left_out(rows):
         lines += ["", "### Without a figure", "", *(f"- {line}" for line in without)]
-    return [*lines, *repeated(rows), *changes(rows, previous)]
+    return [*lines, *repeated(rows), *changes(rows, previous), *not_measured_again(rows, previous)]
 
 
 def table(header: Cells, rows: Iterable[Cells]) -> list[str]:
@@ -234,3 +233,19 @@ def changes(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
     if not moved:
         return [*lines, "No median above 100 us moved by 5 % or more."]
     return lines + table(("row", "before", "now", "change"), moved)
+
+
+def not_measured_again(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
+    """Rows that only the previous record has: a part of the suites was run since."""
+    if previous is None:
+        return []
+    now = {key_of(row) for row in rows if "seconds" in row}
+    old = [row for row in previous["rows"] if "seconds" in row and key_of(row) not in now]
+    machine = previous["sessions"][-1]
+    lines = []
+    for suite, title in SUITES.items():
+        if some := [row for row in old if row["suite"] == suite]:
+            lines += ["", f"**{title}**", "", *SECTION.get(suite, timed_table)(some)]
+    if not lines:
+        return []
+    return ["", f"### Not measured again since {machine['date'][:10]}, commit `{machine['commit']}`", *lines]
