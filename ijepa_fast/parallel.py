@@ -15,19 +15,26 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import compat
-from ijepa_fast.config import ParallelConfig
+from ijepa_fast.config import Config
 from ijepa_fast.distributed import World
 from ijepa_fast.model import Block, LayerNorm
 
+# By the encoder's name, where compiled blocks were measured to be faster on a GPU than our kernels, one by one. NVIDIA
+# H100, 2026-11-26, ms a step: small 51 against 57, since the host launches less; base 73 against 71, huge 228 to 216.
+COMPILED_FASTER = ("vit_small",)
 
-def parallelize(model: nn.Module, config: ParallelConfig, world: World, *, trained: bool) -> None:
+
+def parallelize(model: nn.Module, config: Config, world: World, *, trained: bool) -> None:
     """Prepare `model` (an encoder or a predictor) in place; context and target encoder are cut alike.
 
     In this order, block by block: checkpointing (of a model that is trained), compilation, sharding.
     """
     if trained:
-        checkpoint_blocks(model, config.checkpointing)
-    if config.compile is True or (config.compile == "auto" and world.device.type == "cuda"):
+        checkpoint_blocks(model, config.parallel.checkpointing)
+    compiled = config.parallel.compile
+    if compiled == "auto":
+        compiled = world.device.type == "cuda" and config.model.name in COMPILED_FASTER
+    if compiled:
         compile_blocks(model)
     if world.mesh is not None:
         shard(model, world.mesh)

@@ -149,7 +149,7 @@ def build_state(config: Config, world: World) -> TrainState:
     # With shards, rank 0 draws the weights and sends each rank its part; without, every rank draws them all itself.
     drawn = initial_models(config, world.device) if world.mesh is None or world.is_main else (None, None)
     for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):
-        parallelize(model, config.parallel, world, trained=model is not target_encoder)
+        parallelize(model, config, world, trained=model is not target_encoder)
         materialise(model, weights, world)
         if world.mesh is None:
             keep_copies(model)

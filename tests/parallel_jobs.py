@@ -171,7 +171,7 @@ def shard_giant(config_file: str, words: list[str]) -> list[tuple[int, int, bool
             models += [model.build_predictor(models[0], depth=config.model.predictor_depth, dim=384)]
             models += [copy.deepcopy(models[0]).requires_grad_(False)]
         for part in models:
-            parallel.parallelize(part, config.parallel, world, trained=part is not models[2])
+            parallel.parallelize(part, config, world, trained=part is not models[2])
         return [
             (
                 sum(p.numel() for p in part.parameters()),

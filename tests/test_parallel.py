@@ -10,7 +10,11 @@ import torch
 from ranks import Ranks
 from safetensors.torch import load_file, save_file
 
+from ijepa_fast.config import validate
+from ijepa_fast.distributed import World
 from ijepa_fast.metrics import read_log
+from ijepa_fast.model import build_encoder
+from ijepa_fast.parallel import parallelize
 
 pytestmark = [
     pytest.mark.long,
@@ -29,6 +33,17 @@ def ranks():
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.mark.parametrize(("name", "kind", "compiled"), [
+    ("vit_small", "cuda", True), ("vit_base", "cuda", False), ("vit_small", "cpu", False),
+])
+def test_auto_compiles_where_it_was_measured_to_be_faster(name, kind, compiled, photographs):
+    config = validate({"data": {"root": str(photographs)}, "model": {"name": name}}, "this test")
+    with torch.device("meta"):
+        encoder = build_encoder(name, image_size=224, patch_size=16)
+    parallelize(encoder, config, World(0, 1, torch.device(kind), "single"), trained=True)
+    assert all((block._compiled is not None) == compiled for block in encoder.blocks)
 
 
 @pytest.fixture(scope="module")
