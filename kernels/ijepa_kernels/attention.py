@@ -147,7 +147,8 @@ def varlen_attention(
     max_seqlen: an upper bound of the lengths, constant over a run: as a Python int it is a guard of `torch.compile`.
     scale:      of the logits; head_dim ** -0.5 if None.
     backend:    "auto", or a name that `explain_backends` prints: fa3, fa4, torch_varlen, flash_attn, xformers, triton
-                (our kernel), torch.
+                (our kernel), torch. On CUDA, in 16 bits and without gradients, auto makes one batched call where all
+                lengths are `max_seqlen`.
 
     Returns [T, heads, head_dim], contiguous, in the dtype of q. Sums are fp32. On a CPU and with our kernel two runs
     are bitwise equal; the flash_attn family needs torch.use_deterministic_algorithms for that.
@@ -156,6 +157,10 @@ def varlen_attention(
     _check(q, k, v, cu_seqlens, max_seqlen, scale)
     head_dim = len(range(q.shape[2]))  # an int to a compiler too, to which a shape may be a symbol
     scale = head_dim**-0.5 if scale is None else float(scale)
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    alone = backend == "auto" and not gradients and not torch.compiler.is_compiling()
+    if alone and attention_backends.takes_one_call(q.dtype, q.device, q.shape[0], cu_seqlens.shape[0] - 1, max_seqlen):
+        return attention_backends.one_call(q, k, v, max_seqlen, scale)
     backend = attention_backends.choose(head_dim, q.dtype, q.device, backend)
     call = attention_backends.BACKENDS[backend].call
     if call is not None:
@@ -164,7 +169,7 @@ def varlen_attention(
     arguments = (q, k, v, cu_seqlens, max_seqlen, scale, backend)
     if not is_plain_eager() or not type(q) is type(k) is type(v) is Tensor:
         return _forward_op(*arguments)[0]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if gradients:
         return _Eager.apply(*arguments)
     if backend == "triton":
         return attention_triton.forward(*arguments[:-1])[0]

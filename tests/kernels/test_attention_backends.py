@@ -94,6 +94,7 @@ def test_explains_a_gpu(gpu):
         "cannot be used: xformers.ops.fmha is not installed",
         "  triton        our kernel: usable; no measurement says that it is the fastest here",
         "  torch         plain PyTorch; reads the lengths on the host: usable",
+        "without gradients, all sequences max_seqlen long: one call of scaled_dot_product_attention",
     ]
 
 
@@ -111,7 +112,9 @@ def test_a_broken_library_is_passed_over(gpu, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("mode", "taken"), [("torch", "torch"), ("triton", "triton")])
 def test_environment_decides_for_auto_alone(mode, taken, gpu, monkeypatch):
+    assert attention_backends.takes_one_call(torch.bfloat16, CUDA, 8, 2, 4)
     monkeypatch.setenv("IJEPA_KERNELS", mode)
+    assert not attention_backends.takes_one_call(torch.bfloat16, CUDA, 8, 2, 4)
     assert choose(64, torch.bfloat16, CUDA) == taken
     assert choose(64, torch.bfloat16, CUDA, "torch_varlen") == "torch_varlen"
     assert f"(IJEPA_KERNELS={mode})" in explain_backends(64)
@@ -166,6 +169,35 @@ def test_compiler_sees_the_library_call(monkeypatch):
     qkv, ends = torch.zeros(12, 3, 2, 24, dtype=torch.bfloat16), torch.tensor([0, 5, 7, 9, 12], dtype=torch.int32)
     torch.compile(step, backend=backend, fullgraph=True, dynamic=True)(qkv, ends)
     assert "torch_attn._varlen_attn" in targets
+
+
+@pytest.mark.parametrize(("dtype", "device", "tokens", "sequences", "bound"), [
+    (torch.bfloat16, CUDA, 8, 2, 5), (torch.bfloat16, CUDA, 0, 0, 4), (torch.bfloat16, CUDA, 8, 3, 4),
+    (torch.float32, CUDA, 8, 2, 4), (torch.bfloat16, CPU, 8, 2, 4),
+])
+def test_one_call_is_for_16_bits_on_a_gpu_and_equal_lengths(dtype, device, tokens, sequences, bound):
+    assert not attention_backends.takes_one_call(dtype, device, tokens, sequences, bound)
+
+
+def test_one_call_over_equal_lengths_is_attention_inside_each():
+    qkv = torch.randn(12, 3, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = torch.tensor([0, 4, 8, 12], dtype=torch.int32)
+    out = attention_backends.one_call(*qkv.unbind(1), 4, 0.3)
+    torch.testing.assert_close(out, varlen_attention_ref(*qkv.unbind(1), ends, 0.3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tokens", "bound", "one"), [(392, 196, True), (392, 256, False), (391, 196, False)])
+def test_whole_images_without_gradients_take_one_call(tokens, bound, one, monkeypatch):
+    qkv, _, ends = sample([tokens - 196, 196], 4, 80, torch.bfloat16)
+    calls, call = [], attention_backends.one_call
+    monkeypatch.setattr(attention_backends, "one_call", lambda *x: calls.append(x) or call(*x))
+    out = varlen_attention(*qkv.unbind(1), ends, bound)
+    assert bool(calls) == one
+    exact = varlen_attention_ref(*qkv.double().unbind(1), ends)
+    assert (out.double() - exact).abs().max() <= 2**-7 * exact.abs().max()  # as in test_attention
+    varlen_attention(*qkv.requires_grad_().unbind(1), ends, bound)
+    assert len(calls) == one
 
 
 def sample(lengths, heads, head_dim, dtype):
