@@ -109,12 +109,12 @@ def test_record_and_report(folder, capsys):
     assert (folder / "kept" / "small-ours-1.safetensors").stat().st_size > 1e6
     text = report(out).read_text()
     assert "| random weights | 2 | 0 |" in text
-    assert "| straight (small) | 2 |" in text
+    assert "| straight | 2 |" in text
     gained = [json.loads((out / f"small-ours-{seed}.json").read_text())["points"] for seed in (0, 1)]
     mean = sum(points[-1]["k-NN"] - points[0]["k-NN"] for points in gained) / 2
-    (row,) = (line for line in text.splitlines() if line.startswith("| ours (small) - random weights | 2 |"))
+    (row,) = (line for line in text.splitlines() if line.startswith("| ours - random weights | 2 |"))
     assert row.split(" | ")[4].startswith(f"{mean:+.1f}")
-    assert "| ours - straight (small) | 2 |" in text
+    assert "| ours - straight | 2 |" in text
     assert "| first |  | 1 |" in text
     assert "| faster | optim.lr=0.01 | 1 |" in text
-    assert (out.parent / "curves.png").stat().st_size > 1e4
+    assert (out.parent / "curves_small.png").stat().st_size > 1e4

@@ -1,4 +1,4 @@
-"""Makes bench/learning/README.md and its picture of the records beside it."""
+"""Makes bench/learning/README.md and its pictures of the records beside it."""
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,18 +16,22 @@ NOTES = Path(__file__).parent / "notes.md"
 
 
 def report(results: Path) -> Path:
-    """Write README.md and curves.png into the folder above `results`."""
+    """Write README.md, and the curves of every proof, into the folder above `results`."""
     records = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    records.sort(key=lambda record: record["provider"] != "ours")  # ours first, all else as the files are named
     final = [record for record in records if record["final"]]
     tried = [record for record in records if not record["final"]]
     lines = ["# What a recipe learns in a given time", ""]
     lines += ["Written by `python bench/learn.py` from the records in `results/`; only `notes.md` is by hand.", ""]
     if NOTES.exists():
         lines += [NOTES.read_text().strip(), ""]
-    if final:
-        lines += ["## The proof", "", *proof(final), ""]
-        curves(final, results.parent / "curves.png")
-        lines += ["![Accuracy against minutes](curves.png)", ""]
+    arms = by(sorted(final, key=lambda record: -record["minutes"]), "arm")
+    for (arm,), group in arms.items():
+        reference = next(iter(arms.values()))[0]["config"]
+        lines += [f"## The proof: {arm}", "", *proof(group, reference), ""]
+        picture = results.parent / f"curves_{arm}.png"
+        curves(group, picture)
+        lines += [f"![Accuracy against minutes]({picture.name})", ""]
     if tried:
         lines += ["## What was tried", "", *trials(tried), ""]
     out = results.parent / "README.md"
@@ -35,41 +39,42 @@ def report(results: Path) -> Path:
     return out
 
 
-def proof(records: list[Record]) -> list[str]:
-    """A table of all providers: mean over seeds, and Student's 95 % interval of it."""
+def proof(records: list[Record], reference: dict[str, Any]) -> list[str]:
+    """Tables of all providers of an arm: mean over seeds, and Student's 95 % interval of it."""
     first = records[0]
+    other = difference(first["config"], reference)
     lines = [
         f"Pretrained on all of train for {first['minutes']:g} minutes each ({first['clock']}), from the same weights; "
         f"probes fitted to train ({first['images']['train']} images) and scored on val ({first['images']['evaluated']} "
         f"images). In per cent, the mean over seeds with Student's 95 % interval; machine: "
         f"{first['machine']['device']}, torch {first['machine']['torch']}, commit {first['machine']['commit']}. "
         "*chosen* and *linear* are what `ijepa_fast.evaluate` reports: logistic regression whose penalty is chosen "
-        "within train, and the paper's linear probe; *logistic* has a penalty of C = 0.1, as in the curves.",
+        "within train, and the paper's linear probe; *logistic* has a penalty of C = 0.1, as in the curves."
+        + (f" Other keys than in the first proof: {other}." if other else ""),
         "",
         "| features | seeds | updates | " + " | ".join(PROVED) + " | RankMe |",
         "|---|---|---|" + "---|" * len(PROVED) + "---|",
         f"| 16 x 16 pixels | | | {first['pixels chosen']:.1f} | | | | {first['pixels']:.1f} | | | |",
     ]
-    groups = by(records, "arm", "provider")
+    groups = {provider: group for (provider,), group in by(records, "provider").items()}
     start = [record["points"][0] for record in next(iter(groups.values()))]
     lines.append(row("random weights", start))
-    lines += [row(f"{provider} ({arm})", [r["points"][-1] for r in group]) for (arm, provider), group in groups.items()]
+    lines += [row(provider, [r["points"][-1] for r in group]) for provider, group in groups.items()]
     return [*lines, "", *differences(groups)]
 
 
-def differences(groups: dict[tuple[Any, ...], list[Record]]) -> list[str]:
-    """A table of what pretraining adds, and of how far the first provider is ahead of each other, seed by seed."""
+def differences(groups: dict[str, list[Record]]) -> list[str]:
+    """A table of what pretraining adds, and of how far the first provider is ahead of each other."""
     lines = ["In points, seed by seed:", "", "| difference | seeds | " + " | ".join(PROVED) + " |"]
     lines.append("|---|---|" + "---|" * len(PROVED))
-    for (arm, provider), group in groups.items():
+    for provider, group in groups.items():
         pairs = [(record["points"][-1], record["points"][0]) for record in group]
-        lines.append(difference_row(f"{provider} ({arm}) - random weights", pairs))
-    (_, first), *others = groups
+        lines.append(difference_row(f"{provider} - random weights", pairs))
     ends = {key: {record["seed"]: record["points"][-1] for record in group} for key, group in groups.items()}
-    leader = next(iter(ends.values()))
-    for key in others:
-        shared = [seed for seed in leader if seed in ends[key]]
-        lines.append(difference_row(f"{first} - {key[1]} ({key[0]})", [(leader[s], ends[key][s]) for s in shared]))
+    (leader, first), *others = ends.items()
+    for provider, theirs in others:
+        pairs = [(first[seed], theirs[seed]) for seed in first if seed in theirs]
+        lines.append(difference_row(f"{leader} - {provider}", pairs))
     return lines
 
 
