@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ijepa_fast import compat
+from ijepa_fast.blocks import Block, LayerNorm
 from ijepa_fast.config import Config
 from ijepa_fast.distributed import World
-from ijepa_fast.model import Block, LayerNorm
 
 # By the encoder's name, where compiled blocks were measured to be faster on a GPU than our kernels, one by one. NVIDIA
 # H100, 2026-11-26, ms a step: small 51 against 57, since the host launches less; base 73 against 71, huge 228 to 216.

@@ -32,12 +32,13 @@ from rich.table import Table
 from torch import nn
 
 from ijepa_fast import arguments
+from ijepa_fast.blocks import Block
 from ijepa_fast.cli import command
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.flops import PEAKS, step_flops
 from ijepa_fast.masks import MultiBlockMasks
-from ijepa_fast.model import Block, Size
+from ijepa_fast.model import Size
 from ijepa_fast.run import draw_models
 
 KNOWN_IMAGES = {"imagenet-1k": 1_281_167, "imagenet-22k": 14_197_122}  # by a part of data.root

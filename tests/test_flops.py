@@ -4,7 +4,7 @@ import torch
 from ijepa_kernels import Packed
 from torch.utils.flop_counter import FlopCounterMode
 
-from ijepa_fast import model
+from ijepa_fast import blocks, model
 from ijepa_fast.flops import step_flops
 from ijepa_fast.model import SIZES, Size, build_predictor
 
@@ -30,7 +30,7 @@ def plain_embedding(images, packed, weight, bias, pos_embed, *, patch_size, dtyp
 
 
 def test_flops_equal_those_pytorch_counts(monkeypatch):
-    monkeypatch.setattr(model, "varlen_attention", plain_attention)
+    monkeypatch.setattr(blocks, "varlen_attention", plain_attention)
     monkeypatch.setattr(model, "embed_patches", plain_embedding)
     size = Size(24, 2, 3, 40)
     encoder = model.VisionTransformer(size, 32, 8, torch.float32, torch.float32)

@@ -7,12 +7,9 @@ import torch
 from ijepa_kernels import Packed
 from torch import nn
 
+from ijepa_fast.blocks import COSTLY, Block, LayerNorm, Linear
 from ijepa_fast.model import (
-    COSTLY,
     SIZES,
-    Block,
-    LayerNorm,
-    Linear,
     Size,
     VisionTransformer,
     build_encoder,

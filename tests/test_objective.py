@@ -5,9 +5,10 @@ from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD, Packed
 from torch import Tensor, nn
 
 from bench.baselines.straight import straight_loss, straight_models
+from ijepa_fast.blocks import Block
 from ijepa_fast.config import MaskConfig
 from ijepa_fast.masks import Masks, MultiBlockMasks
-from ijepa_fast.model import Block, Predictor, Size, VisionTransformer, init_weights
+from ijepa_fast.model import Predictor, Size, VisionTransformer, init_weights
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.parallel import checkpoint_blocks
 

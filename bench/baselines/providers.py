@@ -14,7 +14,8 @@ from bench.baselines.straight import StraightEncoder, StraightPredictor, straigh
 from bench.baselines.tuned import TunedEncoder, TunedPredictor, compile_blocks, tuned_ema, tuned_loss
 from bench.harness.compare import NotRun
 from bench.harness.workload import Setup
-from ijepa_fast.model import Block, keep_copies
+from ijepa_fast.blocks import Block
+from ijepa_fast.model import keep_copies
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import build_optimizer
 from ijepa_fast.run import TrainState

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import ijepa_fast
+from ijepa_fast.blocks import Linear
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import SIZES, Linear, PatchEmbed, Size, VisionTransformer, build_encoder
+from ijepa_fast.model import SIZES, PatchEmbed, Size, VisionTransformer, build_encoder
 from ijepa_fast.weights.model import Model
 
 LAYERS = 4  # the paper's second representation: the last four, side by side

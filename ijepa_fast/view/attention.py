@@ -12,9 +12,10 @@ import torch
 from ijepa_kernels import Packed
 from torch import Tensor
 
+from ijepa_fast.blocks import Block
 from ijepa_fast.data.images import center_crops, index_images
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import Block, VisionTransformer
+from ijepa_fast.model import VisionTransformer
 from ijepa_fast.view.open import chosen, open_model
 from ijepa_fast.view.sheet import COLOURS, Sheet, resized, whole_cells
 

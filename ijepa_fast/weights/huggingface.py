@@ -15,9 +15,10 @@ import torch
 from ijepa_kernels import IMAGENET_MEAN, IMAGENET_STD
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ijepa_fast.blocks import NORM_EPS
 from ijepa_fast.durable import new_folder
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import NORM_EPS, Size
+from ijepa_fast.model import Size
 from ijepa_fast.weights.contents import Architecture, Contents, Weights, encoder_architecture
 from ijepa_fast.weights.hub import WHICH, model_card, stated_encoder
 from ijepa_fast.weights.tensors import SHARD_BYTES, read_folder, read_json, write_folder

@@ -10,10 +10,11 @@ from ijepa_kernels import Packed
 from PIL import Image
 from torch import Tensor, nn
 
+from ijepa_fast.blocks import Linear
 from ijepa_fast.data.decoder_pillow import crop, open_image
 from ijepa_fast.data.sampler import center_boxes
 from ijepa_fast.errors import UserError
-from ijepa_fast.model import Linear, PatchEmbed, Predictor, VisionTransformer
+from ijepa_fast.model import PatchEmbed, Predictor, VisionTransformer
 
 Picture = Image.Image | str | Path
 Images = Tensor | Picture | Sequence[Picture]
