@@ -28,7 +28,8 @@ from .shipped import Shipped
 
 KINDS = ("smooth_l1", "l2")
 # D rounded up to a power of two -> rows a program, warps: 32 elements a thread, so that many loads are in flight.
-# Not measured yet. A row is held in registers; wider ones run as plain PyTorch.
+# At D 1,280 it takes 1.5 times as long as a copy of as many bytes on an H100: no other tiles were tried there. A row is
+# held in registers; wider ones run as plain PyTorch.
 TILES = {256: (8, 2), 512: (8, 4), 1024: (4, 4), 2048: (2, 4), 4096: (1, 4), 8192: (1, 8), 16384: (1, 16)}
 SCALE_BLOCK, SCALE_PROGRAMS = 4096, 1056  # eight programs on each of the 132 multiprocessors of an H100
 
