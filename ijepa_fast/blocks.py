@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import Packed, add_layer_norm, bias_gelu, predictor_rows, varlen_attention
+from ijepa_kernels import Packed, add_layer_norm, bias_gelu, predictor_rows, varlen_attention_qkv
 from ijepa_kernels.dispatch import use_triton
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -94,8 +94,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x)
         if distinct is not None:
             qkv = predictor_rows(qkv, *distinct[1:])
-        q, k, v = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        y = varlen_attention(q, k, v, cu_seqlens, max_seqlen).flatten(1)
+        qkv = qkv.unflatten(1, (3, self.num_heads, -1))
+        y = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen).flatten(1)
         return self.proj.product(y if rows is None else y.index_select(0, rows))
 
 
@@ -191,11 +191,12 @@ class Block(nn.Module):
         return x, branch
 
 
-# Attention by its own name, and by those of the libraries that `varlen_attention` calls.
+# Attention by its own names, and by those of the libraries that it calls.
 COSTLY = {
     "aten::mm",
     "aten::addmm",
     "ijepa::varlen_attention",
+    "ijepa::varlen_attention_qkv",
     "torch_attn::_varlen_attn",
     "flash_attn::_flash_attn_varlen_forward",
     "flash_attn_3::fwd",

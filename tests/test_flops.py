@@ -30,7 +30,7 @@ def plain_embedding(images, packed, weight, bias, pos_embed, *, patch_size, dtyp
 
 
 def test_flops_equal_those_pytorch_counts(monkeypatch):
-    monkeypatch.setattr(blocks, "varlen_attention", plain_attention)
+    monkeypatch.setattr(blocks, "varlen_attention_qkv", lambda qkv, *rest: plain_attention(*qkv.unbind(1), *rest))
     monkeypatch.setattr(model, "embed_patches", plain_embedding)
     size = Size(24, 2, 3, 40)
     encoder = model.VisionTransformer(size, 32, 8, torch.float32, torch.float32)

@@ -236,7 +236,7 @@ def test_products_and_stream_have_their_own_dtypes(compute_dtype, residual_dtype
 def test_selective_checkpointing_knows_attention_by_the_name_that_a_gpu_calls():
     from torch.nn.attention import varlen  # noqa: F401  (registers it)
 
-    for op in (torch.ops.ijepa.varlen_attention, torch.ops.torch_attn._varlen_attn, torch.ops.aten.addmm):
+    for op in (torch.ops.ijepa.varlen_attention_qkv, torch.ops.torch_attn._varlen_attn, torch.ops.aten.addmm):
         assert op.default._schema.name in COSTLY
 
 

@@ -24,7 +24,12 @@ MATMUL_RATE, COPY_RATE = 798e12, 3.0e12  # FLOP/s, bytes/s
 
 aten, ijepa = torch.ops.aten, torch.ops.ijepa
 PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "_scaled_mm": (0, 1)}  # name: its two factors
-ATTENTION = {"varlen_attention": 4, "varlen_attention_backward": 10}  # name: FLOPs for a pair of tokens and channel
+ATTENTION = {  # name: FLOPs for a pair of tokens and channel
+    "varlen_attention": 4,
+    "varlen_attention_backward": 10,
+    "varlen_attention_qkv": 4,
+    "varlen_attention_qkv_backward": 10,
+}
 KINDS = {
     "norm": ("native_layer_norm", "native_layer_norm_backward", "add_layer_norm", "add_layer_norm_backward"),
     "gelu": ("gelu", "gelu_backward", "bias_gelu", "bias_gelu_backward"),
@@ -142,7 +147,7 @@ class Counter(TorchDispatchMode):
             return self._timed(Tally(product_bytes=moved, flops=2 * a.shape[0] * a.shape[1] * b.shape[1], launches=1))
         if name in ATTENTION:
             q = args[1] if name.endswith("backward") else args[0]
-            flops = ATTENTION[name] * self.pairs[self.part] * q.shape[1] * q.shape[2]
+            flops = ATTENTION[name] * self.pairs[self.part] * q.shape[-2] * q.shape[-1]
             return self._timed(Tally(attention_bytes=moved, flops=flops, launches=launches))
         cast = name == "_to_copy" and _storage(args[0]) in self.weights
         return self._timed(Tally(other_bytes=moved, launches=launches, weight_casts=int(cast)))

@@ -1,6 +1,6 @@
 """Fused ops for I-JEPA and its kin: one import each, on a GPU through Triton, on a CPU through PyTorch."""
 from .adamw import AdamWEMA
-from .attention import explain_backends, varlen_attention
+from .attention import explain_backends, varlen_attention, varlen_attention_qkv
 from .ema import ema_update_
 from .gelu import bias_gelu
 from .loss import smooth_l1_loss
@@ -30,4 +30,5 @@ __all__ = [
     "predictor_tokens",
     "smooth_l1_loss",
     "varlen_attention",
+    "varlen_attention_qkv",
 ]

@@ -22,7 +22,7 @@ from .attention_backends import explain_backends
 from .checks import can_read, check_int, check_tensor, describe, is_number
 from .registration import is_plain_eager, register
 
-__all__ = ["explain_backends", "varlen_attention", "varlen_attention_ref"]
+__all__ = ["explain_backends", "varlen_attention", "varlen_attention_qkv", "varlen_attention_ref"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -126,6 +126,104 @@ class _Eager(torch.autograd.Function):
         else:
             grads = attention_torch.backward(grad.contiguous(), q, k, v, out, kept, cu_seqlens, scale)
         return *grads, None, None, None, None
+
+
+def _forward_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _forward(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, backend)
+
+
+def _forward_qkv_fake(qkv, cu_seqlens, max_seqlen, scale, backend):
+    return _forward_fake(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, backend)
+
+
+def _backward_qkv(
+    grad: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    backend: str,
+) -> Tensor:
+    if backend != "triton":
+        grads = _backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, backend)
+        return torch.stack(grads, 1)
+    grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    grads = grad_qkv.unbind(1)
+    attention_triton.backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, grads)
+    return grad_qkv
+
+
+_backward_qkv_op = register(
+    "varlen_attention_qkv_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
+    "SymInt max_seqlen, float scale, str backend) -> Tensor",
+    _backward_qkv,
+    lambda grad, qkv, *_: qkv.new_empty(qkv.shape),
+)
+
+
+def _setup_context_qkv(ctx, inputs, output):
+    qkv, cu_seqlens, *ctx.arguments = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+
+
+def _autograd_qkv(ctx, grad, _grad_lse):
+    if grad is None:
+        return (None,) * 5
+    return _backward_qkv_op(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None, None
+
+
+_forward_qkv_op = register(
+    "varlen_attention_qkv(Tensor qkv, Tensor cu_seqlens, SymInt max_seqlen, float scale, str backend) "
+    "-> (Tensor out, Tensor lse)",
+    _forward_qkv,
+    _forward_qkv_fake,
+    setup_context=_setup_context_qkv,
+    backward=_autograd_qkv,
+)
+
+
+class _EagerQkv(torch.autograd.Function):
+    """As `_Eager`, for our kernel alone."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale):
+        out, lse = attention_triton.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, scale)
+        ctx.save_for_backward(qkv, out, lse, cu_seqlens)
+        ctx.arguments = max_seqlen, scale, "triton"
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        return _backward_qkv(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None
+
+
+def varlen_attention_qkv(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None, backend: str = "auto"
+) -> Tensor:
+    """`varlen_attention(*qkv.unbind(1), ...)` of `qkv` [T, 3, heads, head_dim], with one gradient for all three.
+
+    Our kernel writes it where it belongs; the gradients of three views are copied into one. All else is as in
+    `varlen_attention`.
+    """
+    check_tensor("qkv", qkv, "T, 3, heads, head_dim", DTYPES)
+    q, k, v = qkv.unbind(1)
+    if torch.is_grad_enabled() and qkv.requires_grad:
+        _check(q, k, v, cu_seqlens, max_seqlen, scale)
+        head_dim = len(range(q.shape[2]))  # as in varlen_attention
+        backend = attention_backends.choose(head_dim, q.dtype, q.device, backend)
+        arguments = qkv, cu_seqlens, max_seqlen, head_dim**-0.5 if scale is None else float(scale)
+        eager = is_plain_eager() and type(qkv) is Tensor
+        if backend == "triton" and eager:
+            return _EagerQkv.apply(*arguments)
+        if backend == "triton" or (backend == "torch" and not eager):
+            return _forward_qkv_op(*arguments, backend)[0]
+    return varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, backend=backend)
 
 
 def varlen_attention(

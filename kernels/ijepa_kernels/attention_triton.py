@@ -23,6 +23,7 @@ No length is known on the host: the grid has room for `max_seqlen`, and programs
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ BLOCK_ROWS = 64  # of the D kernel: heads of tokens
 
 STRIDES = [f"stride_{x}_{of}" for x in "qkv" for of in ("token", "head")]
 INTEGERS = ["tiles", "heads", "num_tokens", *STRIDES]  # one compiled kernel, whatever the number of tokens
+GRADS_STRIDE = "stride_grads_token"
 
 
 def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -243,7 +245,7 @@ def _attention_dot_kernel(
     tl.store(dot_ptr + (row % heads).to(tl.int64) * num_tokens + row // heads, tl.sum(out * grad, 1), mask=inside)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=[*INTEGERS, GRADS_STRIDE])
 def _attention_bwd_kernel(
     q_ptr,  # [T, heads, HEAD_DIM], as are k and v
     k_ptr,
@@ -252,7 +254,7 @@ def _attention_bwd_kernel(
     grad_ptr,  # [T, heads, HEAD_DIM], contiguous
     lse_ptr,  # [heads, T], contiguous, base 2
     dot_ptr,  # [heads, T], contiguous: D
-    dq_ptr,  # [T, heads, HEAD_DIM], contiguous, as are dk and dv
+    dq_ptr,  # [T, heads, HEAD_DIM], as are dk and dv, a token's heads side by side
     dk_ptr,
     dv_ptr,
     tiles,  # of the longest sequence
@@ -266,6 +268,7 @@ def _attention_bwd_kernel(
     stride_k_head,
     stride_v_token,
     stride_v_head,
+    stride_grads_token,  # of dq, dk and dv
     HEAD_DIM: tl.constexpr,
     PART_0: tl.constexpr,
     PART_1: tl.constexpr,
@@ -288,6 +291,7 @@ def _attention_bwd_kernel(
     v_base = v_ptr + (begin * stride_v_token + head * stride_v_head) * 8
     stride = heads * HEAD_DIM  # of a token in the contiguous ones
     offset = begin * stride + head * HEAD_DIM
+    offset_grads = begin * stride_grads_token * 8 + head * HEAD_DIM
     lse_base = lse_ptr + head * num_tokens + begin
     dot_base = dot_ptr + head * num_tokens + begin
     own = first + tl.arange(0, BLOCK)
@@ -312,8 +316,9 @@ def _attention_bwd_kernel(
             grad_logits = weights * (_inner(v0, v1, g0, g1, PART_1, PRECISION) - dot[None, :])
             acc0, acc1 = _accumulate(acc0, acc1, grad_logits, q0, q1, PART_1, PRECISION)
         # Rows past the end had logit 0 and may hold infinities: they are not stored.
-        _store(dk_ptr + offset, own, stride, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
-        _store(dv_ptr + offset, own, stride, own_inside, dv0, dv1, HEAD_DIM, PART_0, PART_1)
+        dk_base, dv_base, row = dk_ptr + offset_grads, dv_ptr + offset_grads, stride_grads_token * 8
+        _store(dk_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
+        _store(dv_base, own, row, own_inside, dv0, dv1, HEAD_DIM, PART_0, PART_1)
     else:  # own queries: dq; [BLOCK queries, BLOCK_INNER keys]
         q0, q1 = _load(q_base, own, stride_q_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
         g0, g1 = _load(grad_ptr + offset, own, stride, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
@@ -330,7 +335,8 @@ def _attention_bwd_kernel(
             weights = tl.exp2(logits * log2_scale - lse[:, None])
             grad_logits = weights * (_inner(g0, g1, v0, v1, PART_1, PRECISION) - dot[:, None])
             acc0, acc1 = _accumulate(acc0, acc1, grad_logits, k0, k1, PART_1, PRECISION)
-        _store(dq_ptr + offset, own, stride, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
+        dq_base, row = dq_ptr + offset_grads, stride_grads_token * 8
+        _store(dq_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
 
 
 def _config(table: dict[int, Config], x: Tensor) -> Config:
@@ -410,10 +416,12 @@ def backward(
     cu_seqlens: Tensor,  # int32 [S+1]
     max_seqlen: int,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, contiguous."""
+    grads: Sequence[Tensor] | None = None,  # views of one [T, 3, heads, head_dim], to be filled
+) -> Sequence[Tensor]:
+    """The gradients of q, k and v; contiguous where no `grads` are given."""
     num_tokens, heads, head_dim = q.shape
-    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    if grads is None:
+        grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     if num_tokens:
         grad, out = grad.contiguous(), out.contiguous()
         q, k, v = _readable(q), _readable(k), _readable(v)
@@ -448,6 +456,7 @@ def backward(
                 scale * math.log2(math.e),
                 scale,
                 *_strides(q, k, v),
+                grads[0].stride(0) // 8,
                 **_constants(head_dim, q.dtype, config),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,

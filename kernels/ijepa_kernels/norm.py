@@ -26,7 +26,7 @@ from .shipped import Shipped
 
 DTYPES = (*FLOATS, torch.float64)  # the last on a CPU alone
 # D rounded up to a power of two -> rows a program, warps: 8 elements a thread, 16 and more in a wide row. At
-# D 1,280 both directions together move 2.7 TB/s on an H100. A row is held in registers; wider ones run as plain PyTorch.
+# D 1,280 both directions together move 2.7 TB/s on an H100. A row is held in registers; wider ones are plain PyTorch.
 TILES = {256: (8, 8), 512: (4, 8), 1024: (2, 8), 2048: (1, 8), 4096: (1, 8), 8192: (1, 16)}
 BACKWARD_PROGRAMS = 528  # four on each of the 132 multiprocessors of an H100; each leaves a row of partial sums
 

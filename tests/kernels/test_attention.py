@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import attention_torch, attention_triton
-from ijepa_kernels.attention import varlen_attention, varlen_attention_ref
+from ijepa_kernels.attention import varlen_attention, varlen_attention_qkv, varlen_attention_ref
 from op_proofs import assert_compiles_once, guarded_outputs
 from torch.utils.checkpoint import checkpoint
 
@@ -252,6 +252,28 @@ def test_inference_gives_the_same_and_keeps_nothing(device):
     assert torch.equal(out, trained)
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(24, torch.float32), (88, torch.bfloat16)], ids=str)
+def test_one_gradient_of_qkv_is_that_of_its_three_views(head_dim, dtype, device, monkeypatch):
+    qkv, cu_seqlens = packed_qkv([17, 0, 1, 20], 2, head_dim, dtype, device)
+    grad = gradient(qkv)
+    expected = run(varlen_attention, qkv, cu_seqlens, grad, 20, scale=0.3)
+    leaf = qkv.detach().requires_grad_()
+    with guarded_outputs(monkeypatch):
+        out = varlen_attention_qkv(leaf, cu_seqlens, 20, scale=0.3)
+        out.backward(grad)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(leaf.grad, expected[1])
+    with torch.no_grad():
+        assert torch.equal(varlen_attention_qkv(qkv, cu_seqlens, 20, scale=0.3), expected[0])
+
+
+def test_qkv_is_checked_as_its_views_are():
+    with pytest.raises(ValueError, match=r"qkv: want a .* \[T, 3, heads, head_dim\] tensor, got float32 \[4, 2, 2, 16\]"):
+        varlen_attention_qkv(torch.zeros(4, 2, 2, 16), cu(0, 4), 4)
+    with pytest.raises(ValueError, match="max_seqlen: want an upper bound"):
+        varlen_attention_qkv(torch.zeros(4, 3, 2, 16, requires_grad=True), cu(0, 4), 0)
+
+
 def test_autocast_and_checkpointing_change_nothing(device):
     qkv, cu_seqlens = packed_qkv([9, 14, 14], 1, 32, device=device)
     grad = gradient(qkv)
@@ -277,11 +299,25 @@ def test_compiles_to_one_graph_over_changing_lengths(device):
 
 
 @registered_paths
+def test_qkv_compiles_to_one_graph_over_changing_lengths(device):
+    def step(qkv, cu_seqlens):
+        return varlen_attention_qkv(qkv * 2, cu_seqlens, 32) * 3
+
+    samples = [packed_qkv(lengths, 2, 24, device=device) for lengths in ([3, 9, 1, 2], [8, 10], [2, 0, 5, 5, 4])]
+    assert_compiles_once(step, [(qkv.requires_grad_(), cu_seqlens) for qkv, cu_seqlens in samples])
+
+
+@registered_paths
 def test_opcheck(device):
     backend = "torch" if os.environ["IJEPA_KERNELS"] == "torch" else "triton"
     qkv, cu_seqlens = packed_qkv([3, 0, 4], 1, 16, device=device)
     q, k, v = (x.clone() for x in qkv.unbind(1))
     arguments = (cu_seqlens, 8, 0.25, backend)
+    out, lse = torch.ops.ijepa.varlen_attention_qkv(qkv, *arguments)
+    torch.library.opcheck(torch.ops.ijepa.varlen_attention_qkv.default, (qkv.clone().requires_grad_(), *arguments))
+    torch.library.opcheck(
+        torch.ops.ijepa.varlen_attention_qkv_backward.default, (torch.ones_like(out), qkv, out, lse, *arguments)
+    )
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(torch.ops.ijepa.varlen_attention.default, (*leaves, *arguments))
     out, lse = torch.ops.ijepa.varlen_attention(q, k, v, *arguments)
