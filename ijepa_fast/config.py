@@ -184,7 +184,7 @@ class ParallelConfig(Section):
     strategy: Literal["auto", "single", "ddp", "fsdp", "hsdp"] = "auto"
     shard_size: Count | None = None  # hsdp: ranks that share one copy of the model; left out: those of a node
     checkpointing: Literal["none", "selective", "full"] = "none"  # selective keeps matrix products and attention
-    compile: Literal[True, False, "auto"] = "auto"  # all blocks, by torch.compile; auto: where it is faster
+    compile: Literal[True, False, "auto"] = "auto"  # all blocks, by torch.compile; auto: no
     cpu_threads: Threads | None = None  # torch's own; left out: the machine's cores. Part of bit-exactness on a CPU
 
 
