@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from ijepa_kernels import varlen_attention
 from ijepa_kernels.attention import varlen_attention_ref
-from ijepa_kernels.attention_backends import BACKENDS, choose
+from ijepa_kernels.attention_backends import BACKENDS, choose, takes_one_call
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -146,6 +146,9 @@ def attention_case(name: str, collate: str, device: torch.device) -> Case:
             backend = choose(data.head_dim, data.dtype, data.device, ours if provider == "ours" else provider)
         except ValueError as error:
             return absent(str(error).rpartition(": ")[2])
+        sizes = data.tokens, len(data.lengths), data.max_seqlen
+        if provider == "auto" and not data.training and takes_one_call(data.head_dim, data.dtype, data.device, *sizes):
+            return Variant(make(partial(packed, "auto")), info=lambda timing: {"backend": "one call"})
         if provider != "ours" and backend == ours:
             return absent("it is what ours is here")
         captured = backend not in ("xformers", "torch")  # those read the lengths on the host

@@ -256,9 +256,10 @@ def varlen_attention(
     head_dim = len(range(q.shape[2]))  # an int to a compiler too, to which a shape may be a symbol
     scale = head_dim**-0.5 if scale is None else float(scale)
     gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    alone = backend == "auto" and not gradients and not torch.compiler.is_compiling()
-    if alone and attention_backends.takes_one_call(q.dtype, q.device, q.shape[0], cu_seqlens.shape[0] - 1, max_seqlen):
-        return attention_backends.one_call(q, k, v, max_seqlen, scale)
+    if backend == "auto" and not gradients and not torch.compiler.is_compiling():
+        sizes = q.shape[0], cu_seqlens.shape[0] - 1, max_seqlen
+        if attention_backends.takes_one_call(head_dim, q.dtype, q.device, *sizes):
+            return attention_backends.one_call(q, k, v, max_seqlen, scale)
     backend = attention_backends.choose(head_dim, q.dtype, q.device, backend)
     call = attention_backends.BACKENDS[backend].call
     if call is not None:

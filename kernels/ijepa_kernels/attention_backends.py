@@ -21,8 +21,9 @@ from .dispatch import HAS_TRITON, INTERPRETED, MODES, WANTED
 
 # Where our kernel was measured to be faster than every usable library: (head_dim, dtype, sm major). Elsewhere `auto`
 # takes it only where no library before it in the order can be used. NVIDIA H100 80GB HBM3, 2026-11-26, against
-# torch.nn.attention.varlen, the only library there: contexts and predictor sequences, forward and backward, 1.4 to 2.4
-# times as fast; whole images forward 1.2 to 1.4 times, but 0.96 at head dim 88 (bench/results/nvidia-h100-80gb-hbm3).
+# torch.nn.attention.varlen, the only library there: contexts and predictor sequences, forward and backward together,
+# 1.4 to 2.9 times as fast (bench/results/nvidia-h100-80gb-hbm3 and its sweeps/attention_tiles.json). Whole images
+# without gradients: see `takes_one_call`.
 MEASURED_FASTER = frozenset((head_dim, torch.bfloat16, 9) for head_dim in (24, 32, 64, 80, 88))
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -164,7 +165,7 @@ def _why_not_xformers(case: _Case) -> str | None:
     try:
         fmha.memory_efficient_attention(one, one, one)
     except NotImplementedError:
-        return "it has no operators for this build of torch: see `python -m xformers.info`"
+        return "it has no operators for this torch and device (`python -m xformers.info` lists them)"
     return None
 
 
@@ -205,26 +206,28 @@ def choose(head_dim: int, dtype: torch.dtype, device: torch.device, backend: str
 
 
 def takes_one_call(
-    dtype: torch.dtype, device: torch.device, num_tokens: int, num_sequences: int, max_seqlen: int
+    head_dim: int, dtype: torch.dtype, device: torch.device, num_tokens: int, num_sequences: int, max_seqlen: int
 ) -> bool:
     """Whether `auto` without gradients batches the sequences: the target encoder's, which are whole images.
 
-    `scaled_dot_product_attention` was then 1.25 to 1.45 times as fast as our kernel on an H100, and more than that
-    beside torch.nn.attention.varlen. With gradients ours was as fast or faster. That all lengths are equal the host
-    must know from their number: none is longer than `max_seqlen`.
+    On an H100, in bf16 at head dims 64, 80 and 88, `scaled_dot_product_attention` was then 1.23 to 1.45 times as fast
+    as our kernel and 1.4 to 1.8 times as torch.nn.attention.varlen; FlashAttention 3 and 4 were not there to compare.
+    With gradients ours was as fast or faster. That all lengths are equal the host must know from their number: none is
+    longer than `max_seqlen`.
     """
     return (
         device.type == "cuda"
         and dtype in SIXTEEN_BIT
         and 0 < num_tokens == num_sequences * max_seqlen
         and os.environ.get("IJEPA_KERNELS", "auto") == "auto"
+        and choose(head_dim, dtype, device) not in ("fa3", "fa4")
     )
 
 
 def one_call(q: Tensor, k: Tensor, v: Tensor, max_seqlen: int, scale: float) -> Tensor:
     """Attention inside sequences that are all `max_seqlen` long, as `varlen_attention` returns it."""
     q, k, v = (x.unflatten(0, (-1, max_seqlen)).transpose(1, 2) for x in (q, k, v))  # [S, heads, max_seqlen, head_dim]
-    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(0, 1).contiguous()
 
 
 @functools.cache
@@ -280,6 +283,6 @@ def explain_backends(
         else:
             verdict = "usable"
         lines.append(f"  {name:<13} {backend.what}: {verdict}")
-    if takes_one_call(dtype, device, 1, 1, 1):
+    if takes_one_call(head_dim, dtype, device, 1, 1, 1):
         lines.append("without gradients, all sequences max_seqlen long: one call of scaled_dot_product_attention")
     return "\n".join(lines)

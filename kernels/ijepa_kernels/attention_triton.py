@@ -46,7 +46,7 @@ class Config(NamedTuple):
 
 # Keyed by the bits of the dtype; every head dim takes the same row. Chosen from registers, spills and shared memory as
 # compiled for sm_80, sm_90 and sm_100, and in 16 bits from the times of nineteen kinds of tile on an H100, at the
-# lengths that the real sampler draws.
+# lengths that the real sampler draws: bench/results/nvidia-h100-80gb-hbm3/sweeps/attention_tiles.json, 2026-11-26.
 #
 # 64 rows: a warp group's wgmma has 64, and what lies past a sequence's end is wasted: of 135 tokens 57 rows in tiles of
 # 64, 121 in tiles of 128, which took up to 1.6 times as long. 4 warps, so that two or three programs share an SM and

@@ -112,9 +112,9 @@ def test_a_broken_library_is_passed_over(gpu, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("mode", "taken"), [("torch", "torch"), ("triton", "triton")])
 def test_environment_decides_for_auto_alone(mode, taken, gpu, monkeypatch):
-    assert attention_backends.takes_one_call(torch.bfloat16, CUDA, 8, 2, 4)
+    assert attention_backends.takes_one_call(64, torch.bfloat16, CUDA, 8, 2, 4)
     monkeypatch.setenv("IJEPA_KERNELS", mode)
-    assert not attention_backends.takes_one_call(torch.bfloat16, CUDA, 8, 2, 4)
+    assert not attention_backends.takes_one_call(64, torch.bfloat16, CUDA, 8, 2, 4)
     assert choose(64, torch.bfloat16, CUDA) == taken
     assert choose(64, torch.bfloat16, CUDA, "torch_varlen") == "torch_varlen"
     assert f"(IJEPA_KERNELS={mode})" in explain_backends(64)
@@ -176,7 +176,25 @@ def test_compiler_sees_the_library_call(monkeypatch):
     (torch.float32, CUDA, 8, 2, 4), (torch.bfloat16, CPU, 8, 2, 4),
 ])
 def test_one_call_is_for_16_bits_on_a_gpu_and_equal_lengths(dtype, device, tokens, sequences, bound):
-    assert not attention_backends.takes_one_call(dtype, device, tokens, sequences, bound)
+    assert not attention_backends.takes_one_call(64, dtype, device, tokens, sequences, bound)
+
+
+def test_one_call_gives_way_to_flash_attention_3(gpu):
+    gpu("flash_attn_interface")
+    assert not attention_backends.takes_one_call(64, torch.bfloat16, CUDA, 8, 2, 4)
+
+
+def test_an_xformers_without_operators_is_passed_over(gpu, monkeypatch):
+    def memory_efficient_attention(*_):
+        raise NotImplementedError("No operator found")
+
+    gpu("xformers", ops=None)
+    gpu("xformers.ops", fmha=None)
+    gpu("xformers.ops.fmha", memory_efficient_attention=memory_efficient_attention)
+    monkeypatch.setattr(sys.modules["xformers.ops"], "fmha", sys.modules["xformers.ops.fmha"])
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, **rest: zeros(*shape, **rest))
+    assert "xformers; waits for the device to read the lengths: cannot be used: it has no op" in explain_backends(64)
 
 
 def test_one_call_over_equal_lengths_is_attention_inside_each():
