@@ -98,7 +98,7 @@ def test_bench_norm(bench, model, provider):
             return new, normed.to(low) if x.dtype == torch.float32 else normed
 
         # forward: x, branch -> new, normed; backward: two gradients, new -> those of x and branch
-        nbytes = rows * dim * (4 * 4 + 4 * low.itemsize + 4)
+        nbytes = rows * dim * (5 * 4 + 4 * low.itemsize)
         return fused_case(ours, plain, inputs, gradients, device, nbytes)
 
     bench(build)

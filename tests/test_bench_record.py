@@ -12,7 +12,7 @@ def runs(monkeypatch):
     """Instead of pytest: remember the arguments, answer with the exit code that `codes` holds for the suite."""
     seen, codes = [], {}
 
-    def fake(*arguments: str) -> int | str:
+    def fake(*arguments: str, minutes: float) -> int | str:
         seen.append(arguments)
         path = Path(arguments[arguments.index("--record") + 1])
         kept = record.Record(path)
@@ -43,6 +43,18 @@ def test_options_reach_the_suites(runs, tmp_path):
     assert "--quick" in arguments
     assert arguments[arguments.index("--released") + 1] == str(tmp_path)
     assert float(arguments[arguments.index("--budget") + 1]) < 9 * 60
+
+
+def test_chosen_cases_and_minutes(runs, tmp_path, capsys):
+    seen, codes = runs
+    codes["ops"] = 5  # pytest's: no test was collected
+    words = ["--out", str(tmp_path), "--part", "ops", "--only", "step and H14", "--minutes", "20"]
+    assert record.main(words) == 0
+    assert seen[0][seen[0].index("-k") + 1] == "step and H14"
+    assert float(seen[0][seen[0].index("--budget") + 1]) == 19 * 60
+    with pytest.raises(SystemExit):
+        record.main([*words[:-1], "1"])
+    assert "--minutes: want more than 1, the time that the last case may take, got 1" in capsys.readouterr().err
 
 
 def test_twice_runs_each_part_again(runs, tmp_path):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from bench import traffic
 from bench.harness.traffic import COPY_RATE, MATMUL_RATE, Counter
+from ijepa_fast.blocks import Attention
 from ijepa_fast.flops import step_flops
 
 
@@ -101,3 +102,19 @@ def test_the_command_prints_one_object(step, tiny_config, capsys):
     for name in ("other_bytes", "launches", "weight_casts", "host_syncs", "flops", "predicted_ms"):
         assert result[name] == getattr(total, name)
         assert sum(part[name] for part in result["parts"].values()) == pytest.approx(result[name])
+
+
+def test_attention_copies_none_of_its_gradients():
+    with torch.device("meta"):
+        attention, x = Attention(64, 2, torch.bfloat16), torch.empty(32, 64, dtype=torch.bfloat16)
+        ends = torch.empty(3, dtype=torch.int32)
+
+    def step():
+        out, _ = attention(x, ends, 16)
+        out.sum().backward()
+
+    with Counter(list(attention.parameters()), {"": 2 * 16**2}) as counter:
+        step()
+    kinds = counter.by_kind()
+    assert kinds["attention"].launches == 2
+    assert "copy" not in kinds

@@ -16,14 +16,17 @@ class Goal:
     at_least: float | None = None
     at_most: float | None = None
 
-    def line(self, rows: list[Row]) -> tuple[str, str, str, str]:
-        """What, wanted, measured, whether met."""
+    def line(self, rows: list[Row], earlier: list[Row]) -> tuple[str, str, str, str]:
+        """What, wanted, measured (in `earlier` rows where these do not have it), whether met."""
         value, bound = self.value(rows), self.at_least if self.at_most is None else self.at_most
+        since = ""
+        if value is None:
+            value, since = self.value(earlier), " (earlier)"
         wanted = f"{'at least' if self.at_most is None else 'at most'} {bound:g}"
         if value is None:
             return self.what, wanted, "", "not measured"
         met = value >= bound if self.at_most is None else value <= bound
-        return self.what, wanted, f"{value:.3g}", "yes" if met else "**no**"
+        return self.what, wanted, f"{value:.3g}{since}", "yes" if met else "**no**"
 
     def value(self, rows: list[Row]) -> float | None:
         found: Any = next((r for r in rows if (r["op"], r["case"], r["provider"]) == self.row), {})
@@ -75,5 +78,5 @@ GOALS = (
 )
 
 
-def goal_lines(rows: list[Row], device: str) -> list[tuple[str, str, str, str]]:
-    return [goal.line(rows) for goal in GOALS if goal.device == device]
+def goal_lines(rows: list[Row], earlier: list[Row], device: str) -> list[tuple[str, str, str, str]]:
+    return [goal.line(rows, earlier) for goal in GOALS if goal.device == device]

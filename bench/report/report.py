@@ -76,6 +76,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Path) -> list[str]:
     record, previous = records[-1], records[-2] if len(records) > 1 else None
     machine, rows = record["sessions"][-1], record["rows"]
+    now = {key_of(row) for row in rows if "seconds" in row}
+    earlier = [row for row in (previous or {"rows": []})["rows"] if "seconds" in row and key_of(row) not in now]
     loads = [session["load"][0] for session in record["sessions"]]
     # Later parts begin with the load average that earlier parts caused.
     busy = machine["type"] == "cpu" and (loads[0] > BUSY or max(loads) > machine["threads"] + BUSY)
@@ -83,17 +85,17 @@ def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Pat
         "",
         f"## {machine['device']}",
         "",
-        f"{machine['date'][:10]}, commit `{machine['commit']}`, torch {machine['torch']}, triton {machine['triton']}, "
+        f"{machine['date'][:10]}, commit {commits(record)}, torch {machine['torch']}, triton {machine['triton']}, "
         f"Python {machine['python']}, {machine['threads']} threads. Load average when the parts began: "
         f"{', '.join(f'{load:.1f}' for load in loads)}."
         + (" **The machine was busy with other work**: times are too long, and ratios are rough." if busy else "")
-        + (f" Driver and clocks: {machine['clocks']}." if machine.get("clocks") else ""),
+        + (f" Clocks: {', '.join(map(' '.join, machine['clocks'].items()))}." if machine.get("clocks") else ""),
         "",
         *ceilings(record["sessions"]),
         "",
         "### Goals",
         "",
-        *table(("goal", "wanted", "measured", "met"), goal_lines(rows, machine["type"])),
+        *table(("goal", "wanted", "measured", "met"), goal_lines(rows, earlier, machine["type"])),
     ]
     drawn = pictures.draw(rows, machine["device"], folder)
     for suite, title in SUITES.items():
@@ -103,7 +105,7 @@ def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Pat
             lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.get(suite, [])]
     if without := left_out(rows):
         lines += ["", "### Without a figure", "", *(f"- {line}" for line in without)]
-    return [*lines, *repeated(rows), *changes(rows, previous), *not_measured_again(rows, previous)]
+    return [*lines, *repeated(rows), *changes(rows, previous), *not_measured_again(earlier, previous)]
 
 
 def table(header: Cells, rows: Iterable[Cells]) -> list[str]:
@@ -236,16 +238,22 @@ def changes(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
 
 
 def not_measured_again(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
-    """Rows that only the previous record has: a part of the suites was run since."""
-    if previous is None:
-        return []
-    now = {key_of(row) for row in rows if "seconds" in row}
-    old = [row for row in previous["rows"] if "seconds" in row and key_of(row) not in now]
-    machine = previous["sessions"][-1]
+    """`rows` that only the previous record has: a part of the suites was run since."""
     lines = []
     for suite, title in SUITES.items():
-        if some := [row for row in old if row["suite"] == suite]:
+        if some := [row for row in rows if row["suite"] == suite]:
             lines += ["", f"**{title}**", "", *SECTION.get(suite, timed_table)(some)]
-    if not lines:
+    if not lines or previous is None:
         return []
-    return ["", f"### Not measured again since {machine['date'][:10]}, commit `{machine['commit']}`", *lines]
+    date = previous["sessions"][-1]["date"][:10]
+    return ["", f"### Not measured again since {date}, commit {commits(previous)}", *lines]
+
+
+def commits(record: dict[str, Any]) -> str:
+    """Of all its sessions, with the suites that each measured where there are several."""
+    suites: dict[str, set[str]] = {}
+    for row in record["rows"]:
+        suites.setdefault(record["sessions"][row.get("session", -1)]["commit"], set()).add(row["suite"])
+    if len(suites) < 2:
+        return f"`{record['sessions'][-1]['commit']}`"
+    return ", ".join(f"`{commit}` ({', '.join(sorted(some))})" for commit, some in suites.items())
