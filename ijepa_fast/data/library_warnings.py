@@ -120,7 +120,8 @@ def _note(name: Callable[[], str], message: str) -> None:
     image = name().encode(errors="backslashreplace").decode() if len(_known) <= IMAGES else None  # a path is bytes
     with _lock:
         _taken = _taken._replace(raised=_taken.raised + 1)
-        if image is not None:
+        # Asked again: another thread may have come first.
+        if image in _known or (image is not None and len(_known) <= IMAGES):
             messages = _known.setdefault(image, set())
             if message not in messages and len(messages) < MESSAGES:
                 messages.add(message)
@@ -135,6 +136,8 @@ def _install() -> None:
     if getattr(warnings.showwarning, "knows_images", False):
         return
     with _lock:
+        if getattr(warnings.showwarning, "knows_images", False):  # by another thread
+            return
         before = warnings.showwarning  # each hook has its own, since `catch_warnings` may put back an earlier hook
 
         def show(message: Any, category: Any, filename: str, *place: Any, **more: Any) -> None:
