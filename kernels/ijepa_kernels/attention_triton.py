@@ -33,7 +33,7 @@ from .dispatch import INTERPRETED, tl, triton
 from .shipped import Shipped
 
 HEAD_DIMS = (24, 32, 64, 80, 88)  # of I-JEPA's encoders (64, 80, 88) and predictors (24, 32)
-# By the bits of the dtype. In fp32 the tiles below hold 64 + 32 columns; at 104 to 128 the forward spills on sm_90.
+# By the bits of the dtype. In fp32 the tiles below hold 64 + 32 columns; at 104 to 128 the backward spills on sm_90.
 LARGEST_HEAD_DIM = {16: 128, 32: 96}
 
 
