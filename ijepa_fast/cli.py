@@ -28,6 +28,7 @@ def command(main: Callable[[list[str] | None], None]) -> Callable[..., int]:
     def run(argv: list[str] | None = None) -> int:
         # What torchrun set is checked where the processes meet: here it is only what an error is headed with.
         rank = f"rank {os.environ['RANK']}: " if "RANK" in os.environ and os.environ.get("WORLD_SIZE") != "1" else ""
+        _library_warnings()  # what a program decoded before it called the command is not the command's
         try:
             with compat.single_process_checkpoints():
                 try:
@@ -66,10 +67,14 @@ def _has_joined() -> bool:
     return distributed is not None and distributed.has_joined()
 
 
+def _library_warnings() -> list[str]:
+    module = sys.modules.get("ijepa_fast.data.library_warnings")  # without it no image was decoded
+    return module.finish() if module is not None else []
+
+
 def _tell_library_warnings() -> None:
     """Those on images that the command itself has not reported. Of several processes, those of the first alone."""
-    library_warnings = sys.modules.get("ijepa_fast.data.library_warnings")  # without it no image was decoded
-    for line in library_warnings.finish() if library_warnings is not None else ():
+    for line in _library_warnings():
         if os.environ.get("RANK", "0") == "0":
             print(f"warning: {line}", file=sys.stderr)
 

@@ -225,3 +225,11 @@ def test_a_command_without_a_report_says_them_at_its_end(tmp_path, capfd, shown)
         assert first == f"warning: {jpg}: {words(6)}"
         assert second.startswith(f"warning: {tif}: Pillow warns: ")
     assert shown == []
+
+
+def test_a_command_does_not_say_what_came_before_it(capfd):
+    with about(lambda: "earlier.jpg"):
+        warnings.warn_explicit("odd", UserWarning, "PIL/Image.py", 1)
+    assert command(lambda argv: None)([]) == 0
+    assert capfd.readouterr().err == ""
+    assert take() == Taken([], 0)
