@@ -2,6 +2,8 @@
 from .adamw import AdamWEMA
 from .attention import explain_backends, varlen_attention, varlen_attention_qkv
 from .ema import ema_update_
+from .fp8 import RowScaled, fp8_linear, quantize_rows
+from .fp8_fused import add_layer_norm_fp8, bias_gelu_fp8
 from .gelu import bias_gelu
 from .loss import smooth_l1_loss
 from .norm import add_layer_norm
@@ -17,17 +19,22 @@ __all__ = [
     "IMAGENET_STD",
     "AdamWEMA",
     "Packed",
+    "RowScaled",
     "__version__",
     "add_layer_norm",
+    "add_layer_norm_fp8",
     "apply_masks",
     "bias_gelu",
+    "bias_gelu_fp8",
     "ema_update_",
     "embed_patches",
     "explain_backends",
+    "fp8_linear",
     "gather_patches",
     "gather_tokens",
     "predictor_rows",
     "predictor_tokens",
+    "quantize_rows",
     "smooth_l1_loss",
     "varlen_attention",
     "varlen_attention_qkv",

@@ -191,7 +191,12 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled in the same process")
     only = args.module and {f"ijepa_kernels.{name}" for name in args.module}
     shipped = [(name, i) for name, i in configurations() if not only or name in only]
-    work = [(name, i, arch) for name, i in (widest(shipped) if args.widest else shipped) for arch in args.arch]
+    work = [
+        (name, i, arch)
+        for name, i in (widest(shipped) if args.widest else shipped)
+        for arch in args.arch
+        if arch >= importlib.import_module(name).shipped()[i].first_arch
+    ]
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = list(pool.map(compile_one, *zip(*work, strict=True)))
     if args.json:

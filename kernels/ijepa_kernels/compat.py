@@ -23,6 +23,7 @@ __all__ = [
     "layer_norm_backward",
     "mse_loss_backward_",
     "num_dispatch_modes",
+    "scaled_mm",
     "smooth_l1_loss_backward_",
     "softmax_backward",
 ]
@@ -81,6 +82,19 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
     When it moves: `grad * (0.5 * (1 + erf(x / sqrt(2))) + x * exp(-x * x / 2) / sqrt(2 * pi))`.
     """
     return torch.ops.aten.gelu_backward(grad, x)
+
+
+def scaled_mm(
+    x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
+    """`(x @ weight.T) * x_scale * weight_scale.T + bias` of e4m3 matrices [M, K] and [N, K], scales [M, 1] and [N, 1].
+
+    Partial sums are kept in the tensor cores, with 14 bits or so ("fast accumulation"), as inference does everywhere.
+    When it moves: `torch.nn.functional.scaled_mm` is its public successor.
+    """
+    return torch._scaled_mm(
+        x, weight.t(), scale_a=x_scale, scale_b=weight_scale.t(), bias=bias, out_dtype=out_dtype, use_fast_accum=True
+    )
 
 
 def softmax_backward(grad: Tensor, softmax: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def _backward_torch(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 @triton.jit
-def _tail_and_density(h):
+def tail_and_density(h):
     """1 - Phi(|h|), and exp(-h^2 / 2)."""
     density = tl.exp(-0.5 * h * h)
     t = 1.0 / (1.0 + 0.3275911 * 0.7071067811865476 * tl.abs(h))
@@ -88,7 +88,7 @@ def _bias_gelu_fwd_kernel(
     h = tl.load(x_ptr + offset, mask=mask, other=0).to(tl.float32)  # [ROWS, BLOCK]
     if bias_ptr is not None:
         h += tl.load(bias_ptr + column, mask=column < DIM, other=0).to(tl.float32)[None, :]
-    tail, _ = _tail_and_density(h)
+    tail, _ = tail_and_density(h)
     out = h * tl.where(h < 0, tail, 1 - tail)
     tl.store(out_ptr + offset, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -120,7 +120,7 @@ def _bias_gelu_bwd_kernel(
         h = tl.load(x_ptr + offset, mask=mask, other=0).to(tl.float32)
         if bias_ptr is not None:
             h += bias
-        tail, density = _tail_and_density(h)
+        tail, density = tail_and_density(h)
         grad *= tl.where(h < 0, tail, 1 - tail) + h * density * 0.3989422804014327
         tl.store(grad_x_ptr + offset, grad.to(grad_x_ptr.dtype.element_ty), mask=mask)
         total += grad

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from .checks import FLOATS, check_tensor, describe, is_number
 from .compat import layer_norm_backward
 from .dispatch import tl, triton, use_triton
+from .fp8 import store_e4m3
 from .registration import is_plain_eager, register
 from .shipped import Shipped
 
@@ -31,7 +32,7 @@ TILES = {256: (8, 8), 512: (4, 8), 1024: (2, 8), 2048: (1, 8), 4096: (1, 8), 819
 BACKWARD_PROGRAMS = 528  # four on each of the 132 multiprocessors of an H100; each leaves a row of partial sums
 
 
-def _block(dim: int) -> int:
+def block_of(dim: int) -> int:
     return max(triton.next_power_of_2(dim), 256)
 
 
@@ -80,7 +81,7 @@ def _backward_torch(grad_new, grad_normed, new, mean, rstd, weight, branch_dtype
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _add_layer_norm_fwd_kernel(
+def add_layer_norm_fwd_kernel(
     x_ptr,  # [T, DIM], as all others contiguous
     branch_ptr,  # [T, DIM], or None
     branch_bias_ptr,  # [DIM], or None
@@ -88,13 +89,15 @@ def _add_layer_norm_fwd_kernel(
     bias_ptr,  # [DIM]
     new_ptr,  # [T, DIM], or None without a branch
     normed_ptr,  # [T, DIM]
-    mean_ptr,  # fp32 [T]
-    rstd_ptr,  # fp32 [T]
+    mean_ptr,  # fp32 [T], or None
+    rstd_ptr,  # fp32 [T], or None
+    scale_ptr,  # fp32 [T], where normed is e4m3, else None
     num_rows,
     eps,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    EXACT: tl.constexpr = False,  # see to_e4m3
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     column = tl.arange(0, BLOCK)
@@ -116,9 +119,14 @@ def _add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + column, mask=in_dim, other=0).to(tl.float32)  # [BLOCK]
     bias = tl.load(bias_ptr + column, mask=in_dim, other=0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
-    tl.store(mean_ptr + row, mean, mask=inside)
-    tl.store(rstd_ptr + row, rstd, mask=inside)
+    if scale_ptr is not None:
+        largest = tl.max(tl.where(mask, tl.abs(normed), 0.0), 1)
+        store_e4m3(normed_ptr, scale_ptr, row, offset, mask, inside, normed, largest, EXACT)
+    else:
+        tl.store(normed_ptr + offset, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+    if mean_ptr is not None:
+        tl.store(mean_ptr + row, mean, mask=inside)
+        tl.store(rstd_ptr + row, rstd, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -180,19 +188,19 @@ def shipped() -> list[Shipped]:
     table = [(dim, stream, True, True) for dim in (192, 384, 768, 1024, 1280, 1408) for stream in ("fp32", "bf16")]
     table += [(1280, stream, *rest) for stream in ("fp32", "bf16") for rest in ((True, False), (False, False))]
     for dim, stream, branch, branch_bias in table:
-        block = _block(dim)
+        block = block_of(dim)
         tile_rows, warps = TILES[block]
         tile = dict(DIM=dim, BLOCK=block, ROWS=tile_rows)
         statistics = dict(mean_ptr="fp32", rstd_ptr="fp32", weight_ptr="fp32")
         types = dict(x_ptr=stream, bias_ptr="fp32", normed_ptr="bf16", eps="fp32") | statistics
-        absent = {}
+        absent = {"scale_ptr": None}
         for name, dtype, there in (
             ("branch_ptr", "bf16", branch),
             ("new_ptr", stream, branch),
             ("branch_bias_ptr", "fp32", branch_bias),
         ):
             (types if there else absent)[name] = dtype if there else None
-        rows.append(Shipped(_add_layer_norm_fwd_kernel, types, tile | absent, warps))
+        rows.append(Shipped(add_layer_norm_fwd_kernel, types, tile | absent, warps))
         types = dict(grad_new_ptr=stream, grad_normed_ptr="bf16", new_ptr=stream, grad_x_ptr=stream) | statistics
         types["partial_ptr"], absent = "fp32", {}
         two = branch and stream != "bf16"
@@ -202,7 +210,7 @@ def shipped() -> list[Shipped]:
 
 
 def _launch_forward(x, branch, branch_bias, weight, bias, eps, out_dtype):
-    (num_rows, dim), block = x.shape, _block(x.shape[1])
+    (num_rows, dim), block = x.shape, block_of(x.shape[1])
     rows, warps = TILES[block]
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     branch = None if branch is None else branch.contiguous()
@@ -212,8 +220,8 @@ def _launch_forward(x, branch, branch_bias, weight, bias, eps, out_dtype):
     mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=x.device) for _ in range(2))
     if num_rows:
         with torch.cuda.device_of(x):
-            _add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
-                *(x, branch, branch_bias, weight, bias, new, normed, mean, rstd, num_rows, eps),
+            add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
+                *(x, branch, branch_bias, weight, bias, new, normed, mean, rstd, None, num_rows, eps),
                 DIM=dim,
                 BLOCK=block,
                 ROWS=rows,
@@ -223,7 +231,7 @@ def _launch_forward(x, branch, branch_bias, weight, bias, eps, out_dtype):
 
 
 def _launch_backward(grad_new, grad_normed, new, mean, rstd, weight, branch_dtype, with_sums):
-    (num_rows, dim), block, sums = new.shape, _block(new.shape[1]), 2 + with_sums
+    (num_rows, dim), block, sums = new.shape, block_of(new.shape[1]), 2 + with_sums
     rows, warps = TILES[block]
     grad_new = None if grad_new is None else grad_new.contiguous()
     grad_x = torch.empty(new.shape, dtype=new.dtype, device=new.device)
@@ -355,6 +363,26 @@ class _Eager(torch.autograd.Function):
         return _gradients(ctx, _backward, grad_new, grad_normed)
 
 
+def check_arguments(
+    x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, branch_bias: Tensor | None, eps: float
+) -> None:
+    """Raise ValueError unless all fit x, [T, D]."""
+    dim = x.shape[1]
+    if branch is not None and (
+        not isinstance(branch, Tensor) or branch.shape != x.shape or branch.dtype not in DTYPES
+        or branch.device != x.device
+    ):
+        raise ValueError(f"branch: want a floating tensor of x's shape and device, {describe(x)}, or None, "
+                         f"got {describe(branch)}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
+        if name != "branch_bias" or tensor is not None:
+            check_tensor(name, tensor, f"{dim}", DTYPES, x.device)
+    if branch_bias is not None and branch is None:
+        raise ValueError("branch_bias: want None where branch is None, got a tensor")
+    if not is_number(eps) or not eps >= 0:
+        raise ValueError(f"eps: want a number >= 0, got {describe(eps)}")
+
+
 def add_layer_norm(
     x: Tensor,
     branch: Tensor | None,
@@ -379,20 +407,7 @@ def add_layer_norm(
     PyTorch, which the compiler fuses with what is around it. Raises ValueError.
     """
     check_tensor("x", x, "T, D", DTYPES)
-    dim = x.shape[1]
-    if branch is not None and (
-        not isinstance(branch, Tensor) or branch.shape != x.shape or branch.dtype not in DTYPES
-        or branch.device != x.device
-    ):
-        raise ValueError(f"branch: want a floating tensor of x's shape and device, {describe(x)}, or None, "
-                         f"got {describe(branch)}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("branch_bias", branch_bias)):
-        if name != "branch_bias" or tensor is not None:
-            check_tensor(name, tensor, f"{dim}", DTYPES, x.device)
-    if branch_bias is not None and branch is None:
-        raise ValueError("branch_bias: want None where branch is None, got a tensor")
-    if not is_number(eps) or not eps >= 0:
-        raise ValueError(f"eps: want a number >= 0, got {describe(eps)}")
+    check_arguments(x, branch, weight, bias, branch_bias, eps)
     out_dtype = x.dtype if out_dtype is None else out_dtype
     if out_dtype not in DTYPES:
         raise ValueError(f"out_dtype: want a floating dtype, got {out_dtype}")

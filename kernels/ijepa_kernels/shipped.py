@@ -23,6 +23,7 @@ class Shipped:
     divisible: tuple[str, ...] = ()
     vector_bytes: int = 16  # the width that the widest global load and store must reach; 0: not asked for
     dot: bool = False  # must use tensor cores
+    first_arch: int = 80  # the oldest chip that it can be compiled for
     note: str = ""  # why vector_bytes is below 16, or why it spills and is still the fastest
 
     @property

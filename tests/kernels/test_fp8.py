@@ -1,0 +1,185 @@
+"""e4m3 with row scales: rounding, the linear layer and the fused passes, against float64 and PyTorch's rounding."""
+import pytest
+import torch
+from ijepa_kernels import RowScaled, add_layer_norm_fp8, bias_gelu_fp8, fp8, fp8_linear, quantize_rows
+from ijepa_kernels.compat import scaled_mm
+from ijepa_kernels.fp8 import E4M3
+from ijepa_kernels.gelu import bias_gelu_ref
+from ijepa_kernels.norm import add_layer_norm_ref
+
+B, F, H = torch.bfloat16, torch.float32, torch.float16
+
+
+def random(*shape, seed=0, dtype=F, scale=1.0):
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def every_e4m3(device):
+    """All finite numbers of the format, the points halfway between neighbours, and what lies next to those."""
+    numbers = torch.arange(127, dtype=torch.uint8).view(E4M3).float()
+    half = (numbers[1:] + numbers[:-1]) / 2
+    near = [half, half * (1 + 2**-22), half * (1 - 2**-22)]
+    positive = torch.cat([numbers, *near])
+    return torch.cat([positive, -positive]).to(device)
+
+
+def assert_rounded(got: RowScaled, want, spare: float = 0.0):
+    """`want` in fp64, [T, D]. An e4m3 is off by 2^-4 of its value, or 2^-10 scales; `spare`: of fp32 arithmetic."""
+    assert got.rows == len(want)
+    scale = got.scale[: got.rows].cpu().double()
+    error = (got.values[: got.rows].float().cpu().double() * scale - want).abs()
+    bound = (want.abs() * 2**-4).maximum(scale * 2**-10) * (1 + 2**-20) + spare
+    assert (error <= bound).all(), float((error / bound).max())
+
+
+def test_rounds_as_pytorch_does(device):
+    """To the number, ties and subnormal ones included: a row whose largest value is 448 has the scale 1."""
+    x = every_e4m3(device)[None]
+    got = quantize_rows(x)
+    assert got.scale[0, 0] == 1
+    assert torch.equal(got.values[0].float(), x[0].to(E4M3).float())
+
+
+@pytest.mark.parametrize("dtype", [F, B, H])
+@pytest.mark.parametrize("dim", [1, 192, 300, 1408])
+def test_a_row_has_a_scale_of_its_own(device, dim, dtype):
+    x = (random(5, dim, dtype=dtype) * torch.tensor([[1e-3], [1.0], [100.0], [0.0], [3.0]], dtype=dtype)).to(device)
+    got = quantize_rows(x)
+    assert got.values.dtype == E4M3
+    assert_rounded(got, x.cpu().double())
+    largest = x.abs().amax(1).float()
+    live = largest > 0
+    assert (got.values[:5].float().abs().amax(1)[live] == 448).all()
+    torch.testing.assert_close(got.scale[:5, 0][live], largest[live] / 448, rtol=2**-22, atol=0)
+    assert not got.values[3].float().any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
+def test_what_is_not_finite_is_not_hidden(device):
+    x = random(3, 64).to(device)
+    x[0, 5], x[1, 7] = float("nan"), float("inf")
+    got = quantize_rows(x).dequantized()
+    assert got[0, 5].isnan()
+    assert got[1, 7].isnan()
+    assert got[2].isfinite().all()
+
+
+@pytest.mark.parametrize("stream", [F, B])
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_the_norm_is_what_the_unquantised_one_rounds_to(device, stream, with_branch):
+    dim = 192
+    x, weight, bias = random(7, dim, dtype=stream).to(device), *(random(dim, seed=i).to(device) for i in (1, 2))
+    branch = random(7, dim, seed=3, dtype=B).to(device) if with_branch else None
+    branch_bias = random(dim, seed=4).to(device) if with_branch else None
+    new, normed = add_layer_norm_fp8(x, branch, weight, bias, branch_bias=branch_bias, eps=1e-6)
+    want_new, _ = add_layer_norm_ref(x, branch, weight, bias, branch_bias=branch_bias, eps=1e-6)
+    assert new.dtype == stream
+    rtol = 2**-7 if stream == B else 2**-23  # the interpreter cuts bf16
+    torch.testing.assert_close(new, want_new, rtol=rtol, atol=0)
+    _, want = add_layer_norm_ref(new.cpu().double(), None, weight.cpu().double(), bias.cpu().double(), eps=1e-6)
+    assert_rounded(normed, want, spare=64 * 2**-24)  # a norm's values are about 4, of a few fp32 roundings
+    assert (normed.values[:7].float().abs().amax(1) == 448).all()
+
+
+@pytest.mark.parametrize("dim", [48, 768, 1100])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_gelu_is_what_the_unquantised_one_rounds_to(device, dim, with_bias):
+    x = (random(6, dim, dtype=B) * torch.tensor([[1.0], [5.0], [1e-3], [0.1], [30.0], [1.0]], dtype=B)).to(device)
+    x[5] = -x[5].abs() - 1  # a row without a positive value
+    bias = 0.01 * random(dim, seed=1).to(device) if with_bias else None
+    got = bias_gelu_fp8(x, bias)
+    want = bias_gelu_ref(x.cpu().double(), None if bias is None else bias.cpu().double())
+    assert_rounded(got, want, spare=2e-6)  # Phi is off by 7.5e-8, of at most 30 and its roundings
+    assert (got.values[:6].float().abs() <= 448).all()
+    assert got.values[1].float().abs().max() == 448  # its largest value has the largest number there is
+
+
+def test_the_linear_layer_is_off_by_what_rounding_explains(device):
+    x, weight = random(32, 192).to(device), random(64, 192, seed=1, scale=0.02).to(device)
+    bias = random(64, seed=2, dtype=B)
+    quantised, low = quantize_rows(x), quantize_rows(weight)
+    got = fp8_linear(quantised, low, bias.to(device), out_dtype=B).cpu().double()
+    # Exactly: the products of what the two matrices hold, with one rounding to bf16 and an fp32 sum of 192.
+    exact = quantised.dequantized().cpu().double() @ low.dequantized().cpu().double().t() + bias.double()
+    torch.testing.assert_close(got, exact, rtol=2**-8, atol=192 * 2**-24 * 4)
+    # Against the fp32 layer: each factor is off by 2^-4 of itself at most, each product by 2^-3 and a little.
+    a, b = x.cpu().double(), weight.cpu().double()
+    error = (got - (a @ b.t() + bias.double())).abs()
+    bound = (2**-3 + 2**-8) * (a.abs() @ b.abs().t()) + 2**-8 * exact.abs()
+    tiny = quantised.scale[:32].cpu().double() * low.scale[:64].cpu().double().t() * 192 * 448 * 2**-9
+    assert (error <= bound + tiny).all()
+    assert float(error.norm() / (a @ b.t()).norm()) < 0.06  # as random roundings add up: 2^-4 / sqrt(3) a factor
+
+
+def test_the_cpu_computes_what_scaled_mm_does():
+    """The op that a GPU runs, where a CPU has it too."""
+    x, weight = quantize_rows(random(32, 192)), quantize_rows(random(64, 192, seed=1))
+    bias = random(64, seed=2, dtype=B)
+    try:
+        want = scaled_mm(x.values, weight.values, x.scale, weight.scale, bias, B)
+    except (NotImplementedError, RuntimeError) as error:
+        pytest.skip(f"this torch has no such product on a CPU: {str(error)[:60]}")
+    torch.testing.assert_close(fp8_linear(x, weight, bias, out_dtype=B), want, rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 257])
+def test_any_number_of_rows(device, rows):
+    x = random(rows, 192).to(device)
+    normed = add_layer_norm_fp8(x, None, *(random(192, seed=i).to(device) for i in (1, 2)), eps=1e-6)[1]
+    hidden = fp8_linear(normed, quantize_rows(random(48, 192, seed=3).to(device)), out_dtype=B)
+    assert hidden.shape == (rows, 48)
+    out = fp8_linear(bias_gelu_fp8(hidden), quantize_rows(random(16, 48, seed=4).to(device)), out_dtype=B)
+    assert out.shape == (rows, 16)
+    assert out.isfinite().all()
+
+
+def test_registered_ops(device):
+    """opcheck: schema, fakes, and what a compiler asks for."""
+    x, weight, bias = (random(*shape).to(device) for shape in ((4, 48), (48,), (48,)))
+    for op, arguments in (
+        (torch.ops.ijepa.quantize_rows.default, (x,)),
+        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, x.bfloat16(), bias, weight, bias, 1e-6)),
+        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, None, None, weight, bias, 1e-6)),
+        (torch.ops.ijepa.bias_gelu_fp8.default, (x, bias)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def refused(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
+
+
+def test_refuses(device):
+    x = random(4, 48).to(device)
+    trained = x.clone().requires_grad_()
+    refused(lambda: quantize_rows(trained), "no gradient")
+    refused(lambda: bias_gelu_fp8(x, trained[0]), "no gradient")
+    refused(lambda: add_layer_norm_fp8(x, None, trained[0], x[0], eps=1e-6), "no gradient")
+    refused(lambda: quantize_rows(x[0]), r"x: want a .* \[T, D\]")
+    refused(lambda: add_layer_norm_fp8(x.double(), None, x[0], x[0], eps=1e-6), "x: want a float32")
+    refused(lambda: add_layer_norm_fp8(x, x[:2], x[0], x[0], eps=1e-6), "branch: want")
+    low = quantize_rows(x)
+    refused(lambda: fp8_linear(x, low, out_dtype=B), "x: want a RowScaled")
+    refused(lambda: fp8_linear(low, quantize_rows(x[:, :32]), out_dtype=B), "weight: want 48 columns")
+    refused(lambda: fp8_linear(low, low, x[0, :3].bfloat16(), out_dtype=B), r"bias: want a bfloat16 \[4\]")
+    refused(lambda: fp8_linear(low, low, out_dtype=torch.float64), "out_dtype: want bfloat16")
+    with torch.no_grad():
+        quantize_rows(trained)
+
+
+@pytest.mark.gpu
+def test_a_gpu_refuses_widths_that_its_products_have_not(device):
+    low = quantize_rows(random(4, 40).to(device))
+    refused(lambda: fp8_linear(low, low, out_dtype=B), "multiples of 16")
+
+
+def test_spare_rows_of_a_gpu(monkeypatch):
+    """On a GPU rows are rounded up to 256, and nothing reads what the spare ones hold."""
+    monkeypatch.setattr(fp8, "padded_rows", lambda x: -(-x.shape[0] // 256) * 256)
+    x = random(5, 192)
+    low = quantize_rows(x)
+    assert low.values.shape == (256, 192)
+    assert fp8_linear(low, low, out_dtype=F).shape == (5, 5)
+    assert low.dequantized().isfinite().all()
+    assert bias_gelu_fp8(x).values.shape == (256, 192)
