@@ -1,11 +1,13 @@
 """What a recipe learns in a given time: `python bench/learn.py --data ROOT --minutes M --seeds 3`.
 
 Every provider pretrains from the same initial weights, on the images of ROOT/train, for the same time. On a GPU that is
-wall time; on a CPU it is the CPU time of this process, so that it does not matter what else the machine does. On the
-way and at the end the same probes look at the target encoder's features. They are fitted to four fifths of ROOT/train
-and scored on the fifth that is held out, so that a recipe can be chosen; only with `--final` are they fitted to all of
-it and scored on ROOT/val, at both ends also by the protocols of `ijepa_fast.evaluate`. A record is written after every
-probe; `bench/learning/README.md` is made of the records.
+wall time; on a CPU it is the CPU time of this process, so that it does not matter what else the machine does. With
+`--updates N` in the place of the minutes all make as many updates.
+
+On the way and at the end the same probes look at the target encoder's features. They are fitted to four fifths of
+ROOT/train and scored on the fifth that is held out, so that a recipe can be chosen; only with `--final` are they fitted
+to all of it and scored on ROOT/val, at both ends also by the protocols of `ijepa_fast.evaluate`. A record is written
+after every probe; `bench/learning/README.md` is made of the records.
 """
 import argparse
 import json
@@ -68,7 +70,9 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="a folder with train/ and val/, a folder a class")
-    parser.add_argument("--minutes", type=float, required=True, help="of pretraining, each")
+    length = parser.add_mutually_exclusive_group(required=True)
+    length.add_argument("--minutes", type=float, help="of pretraining, each")
+    length.add_argument("--updates", type=int, help="of pretraining instead, where it is not the time that is compared")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--providers", default="ours,straight,released", help="default: ours,straight,released")
@@ -115,12 +119,13 @@ class Clock:
 
 
 def pretrain(provider: str, seed: int, config: Config, world: World, data: DataSet, args: argparse.Namespace) -> None:
-    """One provider from one seed: pretrain for `args.minutes`, probe `args.points` times, write its record."""
+    """One provider from one seed: pretrain for `args.minutes` or `args.updates`, probe `args.points` times, record."""
     config = config if provider == "ours" else published(config)
     config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
     points: list[dict[str, Any]] = []
     record = {
         "arm": args.arm, "provider": provider, "seed": seed, "minutes": args.minutes, "final": args.final,
+        "planned_updates": args.updates,
         "clock": "wall" if world.device.type == "cuda" else "process CPU time",
         "images": {"train": len(data.train.ids), "evaluated": len(data.val.ids)},
         "machine": machine.describe(world.device), "config": config.model_dump(mode="json"), "points": points,
@@ -139,9 +144,9 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
         tell(record)
         batches, clock, losses, step = run.data.loader.batches(0, 2**40), Clock(world.device), list[Tensor](), 0
         for point in range(1, args.points + 1):
-            while clock.minutes < args.minutes * point / args.points:
+            while (done := step / args.updates if args.updates else clock.minutes / args.minutes) < point / args.points:
                 with clock:
-                    learner.pace.share = clock.minutes / args.minutes
+                    learner.pace.share = done
                     losses.append(learner.step(step, batches))
                 step += 1
             loss = float(torch.stack(losses[-LOSSES:]).mean())

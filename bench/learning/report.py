@@ -25,7 +25,7 @@ def report(results: Path) -> Path:
     lines += ["Written by `python bench/learn.py` from the records in `results/`; only `notes.md` is by hand.", ""]
     if NOTES.exists():
         lines += [NOTES.read_text().strip(), ""]
-    arms = by(sorted(final, key=lambda record: -record["minutes"]), "arm")
+    arms = by(sorted(final, key=lambda record: -(record["minutes"] or 0)), "arm")
     for (arm,), group in arms.items():
         reference = next(iter(arms.values()))[0]["config"]
         lines += [f"## The proof: {arm}", "", *proof(group, reference), ""]
@@ -44,7 +44,7 @@ def proof(records: list[Record], reference: dict[str, Any]) -> list[str]:
     first = records[0]
     other = difference(first["config"], reference)
     lines = [
-        f"Pretrained on all of train for {first['minutes']:g} minutes each ({first['clock']}), from the same weights; "
+        f"Pretrained on all of train for {length(first)}, from the same weights; "
         f"probes fitted to train ({first['images']['train']} images) and scored on val ({first['images']['evaluated']} "
         f"images). In per cent, the mean over seeds with Student's 95 % interval; machine: "
         f"{first['machine']['device']}, torch {first['machine']['torch']}, commit {first['machine']['commit']}. "
@@ -98,6 +98,12 @@ def row(name: str, points: list[dict[str, float]]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def length(record: Record) -> str:
+    if record["minutes"] is None:
+        return f"{record['planned_updates']:,} updates each"
+    return f"{record['minutes']:g} minutes each ({record['clock']})"
+
+
 def trials(records: list[Record]) -> list[str]:
     """A table of all experiments by which the recipe was chosen."""
     first = records[0]
@@ -116,7 +122,7 @@ def trials(records: list[Record]) -> list[str]:
         begin, end = [r["points"][0] for r in group], [r["points"][-1] for r in group]
         cells = [arm if provider == "ours" else f"{arm}, {provider}", difference(group[0]["config"], reference)]
         minutes, planned = mean(p["minutes"] for p in end), group[0]["minutes"]
-        stopped = f" of {planned:g}" if minutes < planned else ""  # its schedule had not ended
+        stopped = f" of {planned:g}" if planned and minutes < planned else ""  # its schedule had not ended
         cells += [str(len(group)), f"{minutes:.1f}{stopped}", f"{mean(p['updates'] for p in end):.0f}"]
         for column, digits in ((SHOWN[0], 1), (SHOWN[1], 1), (SHOWN[2], 1), ("rankme", 1), ("std", 2)):
             before, after = (mean(p[column] for p in points) for points in (begin, end))
