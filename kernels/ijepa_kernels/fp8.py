@@ -143,22 +143,17 @@ def runs_kernel(x: Tensor) -> bool:
     return x.shape[1] <= max(TILES) and use_triton(x)
 
 
-def _quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-    values, scale = empty_row_scaled(x)
+def _quantize_(x: Tensor, values: Tensor, scale: Tensor) -> None:
     if x.numel() and runs_kernel(x):
         _launch_quantize(x.contiguous(), values, scale)
     elif x.numel():
-        wide = x.float()
-        some = slice(x.shape[0])
+        wide, some = x.float(), slice(x.shape[0])
         values[some], scale[some] = round_rows(wide, wide.abs().amax(1, keepdim=True))
-    return values, scale
 
 
-def _quantize_fake(x: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_row_scaled(x)
-
-
-_quantize_op = register("quantize_rows(Tensor x) -> (Tensor values, Tensor scale)", _quantize, _quantize_fake)
+_quantize_op = register(
+    "quantize_rows_(Tensor x, Tensor(a!) values, Tensor(b!) scale) -> ()", _quantize_, lambda x, values, scale: None
+)
 
 
 def check_no_gradient(*tensors: Tensor | None) -> None:
@@ -167,14 +162,22 @@ def check_no_gradient(*tensors: Tensor | None) -> None:
         raise ValueError("rounding to e4m3 has no gradient: call it under torch.no_grad()")
 
 
-def quantize_rows(x: Tensor) -> RowScaled:
-    """`x` rounded to e4m3, with a scale for each row. x: [T, D] fp32, bf16 or fp16. Raises ValueError.
+def quantize_rows(x: Tensor, out: RowScaled | None = None) -> RowScaled:
+    """`x` rounded to e4m3, with a scale for each row.
 
-    A row with an infinity or a NaN becomes NaN.
+    x:   [T, D] fp32, bf16 or fp16. A row with an infinity or a NaN in it becomes NaN.
+    out: what to write over, the result of such a call with another x of this shape.
+
+    Raises ValueError.
     """
     check_tensor("x", x, "T, D")
     check_no_gradient(x)
-    return RowScaled(*(_quantize if is_plain_eager() else _quantize_op)(x), x.shape[0])
+    if out is None:
+        out = RowScaled(*empty_row_scaled(x), x.shape[0])
+    elif out.rows != x.shape[0] or out.values.shape[1:] != x.shape[1:] or out.values.device != x.device:
+        raise ValueError(f"out: want one for {describe(x)}, got {out.rows} rows of {describe(out.values)}")
+    (_quantize_ if is_plain_eager() else _quantize_op)(x, out.values, out.scale)
+    return out
 
 
 def fp8_linear(x: RowScaled, weight: RowScaled, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:
