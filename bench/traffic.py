@@ -33,6 +33,7 @@ from ijepa_fast import optim, step  # noqa: E402
 from ijepa_fast.config import Config, load_config  # noqa: E402
 from ijepa_fast.data.loader import Batch  # noqa: E402
 from ijepa_fast.distributed import World  # noqa: E402
+from ijepa_fast.fp8 import use_fp8  # noqa: E402
 from ijepa_fast.masks import Covered, Masks, MultiBlockMasks  # noqa: E402
 from ijepa_fast.model import keep_copies  # noqa: E402
 from ijepa_fast.run import Run, TrainState, draw_models  # noqa: E402
@@ -71,6 +72,8 @@ def build_state(config: Config) -> TrainState:
     with META:
         encoder, predictor = draw_models(config, torch.device("cuda"))
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    if config.model.target_dtype == "fp8":
+        use_fp8(target_encoder, config.model.fp8_blocks)
     for model in (encoder, predictor, target_encoder):
         keep_copies(model)
     return TrainState(encoder, predictor, target_encoder, optim.build_optimizer(encoder, predictor, target_encoder))

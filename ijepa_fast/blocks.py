@@ -4,7 +4,18 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import Packed, add_layer_norm, bias_gelu, predictor_rows, varlen_attention_qkv
+from ijepa_kernels import (
+    Packed,
+    RowScaled,
+    add_layer_norm,
+    add_layer_norm_fp8,
+    bias_gelu,
+    bias_gelu_fp8,
+    fp8_linear,
+    predictor_rows,
+    quantize_rows,
+    varlen_attention_qkv,
+)
 from ijepa_kernels.dispatch import use_triton
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -17,28 +28,42 @@ NORM_EPS = 1e-6
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` that multiplies in `compute_dtype`, whatever the dtypes of its input and of its stored weights."""
+    """`nn.Linear` that multiplies in `compute_dtype`, whatever the dtypes of its input and of its stored weights.
+
+    With `fp8` its input comes in e4m3, and it has no gradient (see `ijepa_fast.fp8`).
+    """
 
     def __init__(self, dim_in: int, dim_out: int, compute_dtype: torch.dtype):
         super().__init__(dim_in, dim_out)
         self.compute_dtype = compute_dtype
         self.copies: tuple[Tensor, Tensor] | None = None  # of weight and bias, see `keep_copies`
+        self.fp8 = False
+        self.quantized: RowScaled | None = None  # the weight; without it, as under FSDP, it is rounded at every call
+        self.bias_copy: Tensor | None = None  # of an fp8 layer
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` draws every weight, and drawing a billion of them twice takes a while."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | RowScaled) -> Tensor:
         dtype = self.compute_dtype
+        if isinstance(x, RowScaled):
+            return self._fp8(x, self.bias.to(dtype) if self.bias_copy is None else self.bias_copy)
         if self.copies is not None:
             return copied_linear(x.to(dtype), self.weight, self.bias, *self.copies)
         return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
-    def product(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _fp8(self, x: RowScaled, bias: Tensor | None) -> Tensor:
+        weight = quantize_rows(self.weight) if self.quantized is None else self.quantized
+        return fp8_linear(x, weight, bias, out_dtype=self.compute_dtype)
+
+    def product(self, x: Tensor | RowScaled) -> tuple[Tensor, Tensor | None]:
         """The product, and the bias where it is still to be added.
 
         On a GPU it is left to the op that reads the product, whose backward has its gradient for free. A CPU's matrix
         product adds it for nothing, and a compiler fuses its addition.
         """
+        if isinstance(x, RowScaled):
+            return self._fp8(x, None), self.bias
         if torch.compiler.is_compiling() or (x.is_cpu and not use_triton(x)):
             return self(x), None
         dtype = self.compute_dtype
@@ -60,6 +85,14 @@ class LayerNorm(nn.LayerNorm):
         return add_layer_norm(
             x, branch, self.weight, self.bias, branch_bias=branch_bias, eps=self.eps, out_dtype=out_dtype
         )
+
+    def before(
+        self, layer: Linear, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | RowScaled]:
+        """The new stream, and its norm as `layer` takes it."""
+        if not layer.fp8:
+            return self(x, branch, layer.compute_dtype, branch_bias)
+        return add_layer_norm_fp8(x, branch, self.weight, self.bias, branch_bias=branch_bias, eps=self.eps)
 
 
 class Distinct(NamedTuple):
@@ -84,7 +117,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        x: Tensor | RowScaled,
         cu_seqlens: Tensor,
         max_seqlen: int,
         rows: Tensor | None = None,
@@ -105,8 +138,10 @@ class MLP(nn.Module):
         self.fc1 = Linear(dim, hidden, compute_dtype)
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor | RowScaled) -> Tensor:
         hidden, bias = self.fc1.product(x)
+        if self.fc2.fp8:
+            return self.fc2(bias_gelu_fp8(hidden, bias))
         return self.fc2(F.gelu(hidden) if bias is None else bias_gelu(hidden, bias))
 
 
@@ -174,15 +209,15 @@ class Block(nn.Module):
         rows: Tensor | None,
         distinct: Distinct | None,
     ) -> tuple[Tensor, Tensor | None]:
-        dtype = self.attn.qkv.compute_dtype
+        y: Tensor | RowScaled
         if distinct is None:
-            x, y = self.norm1(x, branch, dtype)
+            x, y = self.norm1.before(self.attn.qkv, x, branch)
         else:
-            y = self.norm1(distinct.x, None, dtype)[1]
-        y, bias = self.attn(y, cu_seqlens, max_seqlen, rows, distinct)
+            y = self.norm1.before(self.attn.qkv, distinct.x, None)[1]
+        branch, bias = self.attn(y, cu_seqlens, max_seqlen, rows, distinct)
         if rows is not None:
             x = x.index_select(0, rows)
-        x, y = self.norm2(x, y, dtype, bias)
+        x, y = self.norm2.before(self.mlp.fc1, x, branch, bias)
         branch = self.mlp(y)
         # A compiler of single blocks adds while it has the branch at hand; full checkpointing keeps what a block takes,
         # which is then one tensor instead of two.

@@ -88,6 +88,8 @@ class ModelConfig(Section):
     predictor_dim: Annotated[int, Field(ge=1, le=16384)] = 384
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on CUDA, float32 on a CPU
     residual_dtype: Literal["float32", "bfloat16"] = "float32"  # float32 as in the released code
+    target_dtype: Literal["compute", "fp8"] = "compute"  # fp8: the target encoder multiplies in e4m3
+    fp8_blocks: Literal["inner", "all"] = "inner"  # inner: not the target encoder's first and last block
 
 
 class MaskConfig(Section):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ijepa_fast.blocks import Block, Distinct, LayerNorm, Linear
 from ijepa_fast.copies import Copies, copied
+from ijepa_fast.fp8 import QuantizedWeights
 
 INIT_STD = 0.02
 DENSE_KEPT = 8  # batch sizes
@@ -46,12 +47,13 @@ class PatchEmbed(nn.Module):
         self.compute_dtype = compute_dtype
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
         self.copies: tuple[Tensor, Tensor] | None = None
-        self.encoder_copies: Copies | None = None  # all of the encoder's, which begins here whoever runs its blocks
+        # All of the encoder's copies, for it begins here whoever runs its blocks.
+        self.encoder_copies: list[Copies | QuantizedWeights] = []
 
     def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
         assert self.proj.bias is not None
-        if self.encoder_copies is not None:
-            self.encoder_copies.refresh()
+        for copies in self.encoder_copies:
+            copies.refresh()
         return embed_patches(
             images,
             packed,
@@ -203,19 +205,27 @@ def build_predictor(encoder: VisionTransformer, depth: int, dim: int) -> Predict
 
 
 def keep_copies(model: VisionTransformer | Predictor) -> None:
-    """From now on matrix products read copies of the weights in the compute dtype, where that is not the weights' own.
+    """From now on matrix products read copies of the weights: in the compute dtype, where that is not the weights' own,
+    and in e4m3 those of fp8 layers.
 
     For whole parameters that stay where they are; FSDP, which gathers its shards in that dtype, needs none.
     """
     layers = [part for part in model.modules() if isinstance(part, Linear | PatchEmbed)]
-    layers = [layer for layer in layers if layer.compute_dtype != next(layer.parameters()).dtype]
-    if layers:
-        model.copies = Copies([p for layer in layers for p in layer.parameters()], layers[0].compute_dtype)
-        for layer in layers:
+    fp8 = [layer for layer in layers if isinstance(layer, Linear) and layer.fp8]
+    low = [layer for layer in layers if layer.compute_dtype != next(layer.parameters()).dtype]
+    if low:
+        of_fp8 = {layer.weight for layer in fp8}
+        copied_ones = [p for layer in low for p in layer.parameters() if p not in of_fp8]
+        model.copies = Copies(copied_ones, low[0].compute_dtype)
+        for layer in low:
             weight, bias = layer.parameters()
-            layer.copies = model.copies[weight], model.copies[bias]
-            if isinstance(layer, PatchEmbed):
-                layer.encoder_copies = model.copies
+            if weight in of_fp8:
+                layer.bias_copy = model.copies[bias]
+            else:
+                layer.copies = model.copies[weight], model.copies[bias]
+    if isinstance(model, VisionTransformer):
+        every = [model.copies, QuantizedWeights(fp8) if fp8 else None]
+        model.patch_embed.encoder_copies = [copies for copies in every if copies is not None]
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:

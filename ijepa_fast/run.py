@@ -18,6 +18,7 @@ from ijepa_fast.data.subset import select
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluation.probe import Probe, build_probe
+from ijepa_fast.fp8 import check_fp8, use_fp8
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor, keep_copies
 from ijepa_fast.optim import Schedule, build_optimizer, build_schedule
@@ -146,6 +147,9 @@ def build_state(config: Config, world: World) -> TrainState:
     with torch.device("meta"):
         encoder, predictor = draw_models(config, world.device)
     target_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    if config.model.target_dtype == "fp8":
+        check_fp8(world.device, encoder.compute_dtype)
+        use_fp8(target_encoder, config.model.fp8_blocks)
     # With shards, rank 0 draws the weights and sends each rank its part; without, every rank draws them all itself.
     drawn = initial_models(config, world.device) if world.mesh is None or world.is_main else (None, None)
     for model, weights in ((encoder, drawn[0]), (predictor, drawn[1]), (target_encoder, drawn[0])):

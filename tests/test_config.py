@@ -333,6 +333,8 @@ OTHER = {
     "model": {
         "name": "vit_base", "patch_size": 8, "predictor_depth": 5, "predictor_dim": 192, "compute_dtype": "bfloat16",
         "residual_dtype": "bfloat16",
+        "target_dtype": "fp8",
+        "fp8_blocks": "all",
     },
     "mask": {
         "sampler": "corrected", "collate": "ragged", "group": 64, "views": 2, "max_keep": 99, "min_keep": 9,

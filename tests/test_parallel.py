@@ -160,6 +160,14 @@ def test_in_bfloat16_every_strategy_computes_what_one_process_does(case, run):
     assert losses(run(1, "single", bf16)) != pytest.approx(losses(run(1, "single")), abs=TOLERANCE, rel=0)
 
 
+@cases(slow=((2, "fsdp"), (2, "ddp")))
+def test_with_targets_in_e4m3_every_strategy_computes_what_one_process_does(case, run):
+    """Shards are gathered, then rounded at every call; one process keeps its weights rounded."""
+    fp8 = "model.target_dtype=fp8", "model.fp8_blocks=all"
+    assert_same(run(*case, *fp8), run(1, "single", *fp8))
+    assert losses(run(1, "single", *fp8)) != pytest.approx(losses(run(1, "single")), abs=TOLERANCE, rel=0)
+
+
 @cases((2, "fsdp", SELECTIVE), slow=((1, "single"), (2, "fsdp"), (2, "ddp", FULL)))
 def test_compiled_blocks(case, run, words, ranks, tmp_path):
     size, *strategy = case

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 # Of an H100 SXM: bf16 products of a model's shapes, and a copy. Measured on a lent card, recorded in issue 13.
 MATMUL_RATE, COPY_RATE = 798e12, 3.0e12  # FLOP/s, bytes/s
+FP8_RATE = 1150e12  # FLOP/s, of e4m3 products, measured under load on the card that made 655 to 706e12 of bf16's then
 
 aten, ijepa = torch.ops.aten, torch.ops.ijepa
 PRODUCTS = {"mm": (0, 1), "addmm": (1, 2), "addmm_": (1, 2), "_scaled_mm": (0, 1)}  # name: its two factors
@@ -31,8 +32,11 @@ ATTENTION = {  # name: FLOPs for a pair of tokens and channel
     "varlen_attention_qkv_backward": 10,
 }
 KINDS = {
-    "norm": ("native_layer_norm", "native_layer_norm_backward", "add_layer_norm", "add_layer_norm_backward"),
-    "gelu": ("gelu", "gelu_backward", "bias_gelu", "bias_gelu_backward"),
+    "norm": (
+        *("native_layer_norm", "native_layer_norm_backward", "add_layer_norm", "add_layer_norm_backward"),
+        "add_layer_norm_fp8",
+    ),
+    "gelu": ("gelu", "gelu_backward", "bias_gelu", "bias_gelu_backward", "bias_gelu_fp8"),
     "add": ("add", "add_"),
     "sum": ("sum",),  # gradients of biases
     "copy": ("cat", "stack", "clone", "copy_"),
@@ -43,11 +47,12 @@ KINDS = {
     "loss": ("smooth_l1_loss",),
     "optimizer": ("_fused_adamw_", "_foreach_add_", "adamw_ema_"),
     "ema": ("ema_update_",),
-    "copies of weights": ("_foreach_copy_",),
+    "copies of weights": ("_foreach_copy_", "quantize_rows_"),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+# Arguments that are written and not read.
 WRITE_ONLY = {("copy_", "self"), ("zero_", "self"), ("fill_", "self"), ("_foreach_copy_", "self")}
-WRITE_ONLY |= {("ema_update_", "low_precision")}  # arguments that are written and not read
+WRITE_ONLY |= {("ema_update_", "low_precision"), ("quantize_rows_", "values"), ("quantize_rows_", "scale")}
 NOT_WRITTEN = {("_fused_adamw_", "grads")}  # though the schema says so: only where gradients are unscaled on the way
 HOST_SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 # Operators that are several kernels: the layer norm's backward reads both its inputs again for weight and bias, whose
@@ -144,7 +149,8 @@ class Counter(TorchDispatchMode):
             launches = math.ceil(sum(math.ceil(x.numel() / 65536) for x in args[0]) / 320)
         if name in PRODUCTS:
             a, b = (args[i] for i in PRODUCTS[name])
-            return self._timed(Tally(product_bytes=moved, flops=2 * a.shape[0] * a.shape[1] * b.shape[1], launches=1))
+            tally = Tally(product_bytes=moved, flops=2 * a.shape[0] * a.shape[1] * b.shape[1], launches=1)
+            return self._timed(tally, FP8_RATE if name == "_scaled_mm" else MATMUL_RATE)
         if name in ATTENTION:
             q = args[1] if name.endswith("backward") else args[0]
             flops = ATTENTION[name] * self.pairs[self.part] * q.shape[-2] * q.shape[-1]
@@ -156,9 +162,9 @@ class Counter(TorchDispatchMode):
         self.tallies[self.part, kind] += self._timed(tally)
 
     @staticmethod
-    def _timed(tally: Tally) -> Tally:
+    def _timed(tally: Tally, rate: float = MATMUL_RATE) -> Tally:
         moved = tally.other_bytes + tally.product_bytes + tally.attention_bytes
-        tally.predicted_ms = 1e3 * max(tally.flops / MATMUL_RATE, moved / COPY_RATE)
+        tally.predicted_ms = 1e3 * max(tally.flops / rate, moved / COPY_RATE)
         return tally
 
     def by_part(self) -> dict[str, Tally]:

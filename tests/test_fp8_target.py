@@ -1,0 +1,96 @@
+"""The target encoder in e4m3: what is rounded, how far features move, and that weights are never stale."""
+import copy
+
+import pytest
+import torch
+from test_model import small_encoder
+from torch import nn
+
+from ijepa_fast.errors import UserError
+from ijepa_fast.fp8 import QuantizedWeights, check_fp8, use_fp8
+from ijepa_fast.model import VisionTransformer, keep_copies
+
+IMAGES = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+ROWS = torch.tensor([3, 40, 60])
+
+
+def quantised(blocks="all", compute_dtype=torch.float32, copies=True) -> VisionTransformer:
+    encoder = small_encoder(compute_dtype=compute_dtype).requires_grad_(False)
+    use_fp8(encoder, blocks)
+    if copies:
+        keep_copies(encoder)
+    return encoder
+
+
+def relative(a, b):
+    return float((a - b).norm() / b.norm())
+
+
+@torch.no_grad()
+def test_features_move_by_what_four_bits_explain():
+    """Each factor of a product is off by 2^-4 / sqrt(3) of itself in the root mean square, at most, 3.6 %; rounded to
+    bf16, 16 times finer, by a sixteenth of that."""
+    plain, low, rounded = small_encoder(), quantised(), small_encoder(compute_dtype=torch.bfloat16)
+    for encoder in (plain, low, rounded):
+        for block in encoder.blocks:
+            for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                part.weight.mul_(5)  # as drawn, they add little to the stream
+    want = plain(IMAGES)
+    assert relative(rounded(IMAGES), want) < 0.5 * relative(low(IMAGES), want) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_weights_are_those_rounded_at_every_call(dtype):
+    """As FSDP, which keeps none, rounds them."""
+    kept, anew = quantised(compute_dtype=dtype), quantised(compute_dtype=dtype, copies=False)
+    assert torch.equal(kept(IMAGES), anew(IMAGES))
+    assert torch.equal(kept(IMAGES, rows=ROWS), anew(IMAGES, rows=ROWS))
+
+
+@torch.no_grad()
+def test_a_changed_weight_is_rounded_again_into_its_place():
+    encoder = quantised()
+    before = encoder(IMAGES)
+    weight = encoder.blocks[1].mlp.fc2.weight
+    held = encoder.blocks[1].mlp.fc2.quantized.values.data_ptr()
+    weight.mul_(1.5)
+    changed = encoder(IMAGES)
+    assert not torch.equal(changed, before)
+    assert encoder.blocks[1].mlp.fc2.quantized.values.data_ptr() == held
+    fresh = quantised()
+    fresh.load_state_dict(encoder.state_dict())
+    assert torch.equal(fresh(IMAGES), changed)
+
+
+def test_inner_blocks_leave_the_first_and_the_last():
+    encoder = quantised("inner")
+    encoder.blocks.append(copy.deepcopy(encoder.blocks[0]))
+    use_fp8(encoder, "inner")
+    low = [[name for name, part in block.named_modules() if getattr(part, "fp8", False)] for block in encoder.blocks]
+    assert low == [[], ["attn.qkv", "mlp.fc1", "mlp.fc2"], []]
+
+
+def test_only_the_other_weights_have_copies():
+    """What is read in e4m3 has no 16-bit copy, which the optimizer would write for nobody."""
+    encoder = quantised(compute_dtype=torch.bfloat16)
+    names = {id(p): name for name, p in encoder.named_parameters()}
+    copied = {names[id(w)] for w in encoder.copies.weights}
+    layers = {name for name, part in encoder.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
+    low = ("attn.qkv", "mlp.fc1", "mlp.fc2")
+    assert copied == {f"{name}.bias" for name in layers} | {f"{n}.weight" for n in layers if not n.endswith(low)}
+    of_fp8 = next(copies for copies in encoder.patch_embed.encoder_copies if isinstance(copies, QuantizedWeights))
+    assert len(of_fp8.layers) == len(low) * len(encoder.blocks)
+
+
+def test_a_gpu_without_such_products_is_named(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(UserError, match=r"target_dtype=fp8 needs .* 8\.9 .* A100 has 8\.0"):
+        check_fp8(device, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    check_fp8(device, torch.bfloat16)
+    with pytest.raises(UserError, match="compute_dtype=bfloat16"):
+        check_fp8(device, torch.float32)
+    check_fp8(torch.device("cpu"), torch.float32)
