@@ -11,6 +11,8 @@ registers, is written in the same pass:
     l2:         sum d * d / denominator                         gradient  2 * d / denominator
 
 Bytes: it reads pred and the gathered target rows once and writes the gradient once.
+
+For a captured graph, which computes as many rows at every replay, rows may be padding, and the denominator a tensor.
 """
 from __future__ import annotations
 
@@ -66,9 +68,17 @@ def _denominator(pred: Tensor, denominator: float | None) -> float:
     return max(pred.numel(), 1) if denominator is None else denominator
 
 
-def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient):
+def _rows_of(packed: Packed, num_patches: int) -> Tensor:
+    """`packed.rows`, where rows past the last sequence are taken to belong to it."""
+    token = torch.arange(packed.indices.shape[0], dtype=torch.int32, device=packed.indices.device)
+    last = packed.image.shape[0] - 1
+    sequence = torch.searchsorted(packed.cu_seqlens[1:], token, right=True).clamp(max=last)
+    return packed.image.long().index_select(0, sequence) * num_patches + packed.indices
+
+
+def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient, divisor, padded):
     num_patches, dim = target.shape[1:]
-    rows = packed.rows(num_patches)
+    rows = _rows_of(packed, num_patches) if padded else packed.rows(num_patches)
     if target.is_contiguous():
         rows = target.view(-1, dim).index_select(0, rows).float()
     else:
@@ -77,6 +87,11 @@ def _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator
         rows = F.layer_norm(rows, (dim,), eps=eps)
     pred32, scale = pred.float(), 1 / _denominator(pred, denominator)
     upstream = torch.full((), scale, device=pred.device)
+    if divisor is not None:
+        scale = upstream = upstream / divisor
+    if padded:  # no difference, no loss, no gradient
+        counts = torch.arange(pred.shape[0], device=pred.device) < packed.cu_seqlens[-1]
+        pred32 = torch.where(counts[:, None], pred32, rows)
     if kind == "l2":
         loss = F.mse_loss(pred32, rows, reduction="sum")
     elif beta == 0:
@@ -115,6 +130,7 @@ def _loss_fwd_kernel(
     indices_ptr,  # [T]
     cu_seqlens_ptr,  # [S+1]
     image_ptr,  # [S]
+    divisor_ptr,  # fp32 [], or None
     gradient_ptr,  # [T, DIM], contiguous
     partial_ptr,  # fp32 [T], each row's share of the loss
     num_tokens,
@@ -133,6 +149,7 @@ def _loss_fwd_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
+    PADDED: tl.constexpr,  # whether rows past the last sequence are padding
 ):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = token < num_tokens
@@ -161,6 +178,13 @@ def _loss_fwd_kernel(
     else:  # a nan passes both comparisons and stays one
         c = tl.where(d > beta, beta, tl.where(d < -beta, -beta, d))
         loss = c * (d - 0.5 * c)
+    if PADDED:
+        counts = (token < tl.load(cu_seqlens_ptr + num_sequences))[:, None]
+        loss, c = tl.where(counts, loss, 0.0), tl.where(counts, c, 0.0)
+    if divisor_ptr is not None:
+        scale = 1 / tl.load(divisor_ptr)
+        loss_scale *= scale
+        gradient_scale *= scale
     tl.store(partial_ptr + token, tl.sum(loss, 1) * loss_scale, mask=inside)
     if WITH_GRADIENT:
         gradient = (c * gradient_scale).to(gradient_ptr.dtype.element_ty)
@@ -198,7 +222,11 @@ def shipped() -> list[Shipped]:
         tile_rows, warps = TILES[block]
         types = {"pred_ptr": pred, "target_ptr": target, "gradient_ptr": pred, "partial_ptr": "fp32"} | floats
         constexprs = dict(DIM=dim, BLOCK=block, ROWS=tile_rows, KIND=kind, NORMALIZE=normalize, WITH_GRADIENT=True)
-        rows.append(Shipped(_loss_fwd_kernel, types, constexprs, warps, divisible=strides))
+        eager, graph = dict(divisor_ptr=None, PADDED=False), dict(PADDED=True)
+        rows.append(Shipped(_loss_fwd_kernel, types, constexprs | eager, warps, divisible=strides))
+        if kind == "smooth_l1" and normalize and pred == target == "bf16":
+            types = types | {"divisor_ptr": "fp32"}
+            rows.append(Shipped(_loss_fwd_kernel, types, constexprs | graph, warps, divisible=strides))
     for dtype in ("bf16", "fp32"):
         types = {"gradient_ptr": dtype, "by_ptr": "fp32"}
         rows.append(Shipped(_scale_kernel, types, dict(BLOCK=SCALE_BLOCK), 8, divisible=("numel",)))
@@ -216,6 +244,8 @@ def _launch_forward(
     denominator: float,
     gradient: Tensor | None,  # [T, D], filled
     partial: Tensor,  # fp32 [T], filled
+    divisor: Tensor | None = None,
+    padded: bool = False,
 ) -> None:
     num_tokens, dim = pred.shape
     if kind == "smooth_l1" and beta == 0:
@@ -229,6 +259,7 @@ def _launch_forward(
             pred,
             target,
             *packed[:3],
+            divisor,
             gradient,
             partial,
             num_tokens,
@@ -247,6 +278,7 @@ def _launch_forward(
             KIND=kind,
             NORMALIZE=normalize,
             WITH_GRADIENT=gradient is not None,
+            PADDED=padded,
             num_warps=warps,
         )
 
@@ -270,19 +302,21 @@ def _forward(
     eps: float,
     denominator: float | None,
     with_gradient: bool,
+    divisor: Tensor | None = None,
+    padded: bool = False,
 ) -> tuple[Tensor, Tensor]:
     packed = Packed(indices.contiguous(), cu_seqlens.contiguous(), image.contiguous(), max_seqlen)
     if not use_triton(pred) or pred.shape[1] > max(TILES):
-        return _forward_torch(pred, target, packed, kind, beta, normalize, eps, denominator, with_gradient)
+        arguments = kind, beta, normalize, eps, denominator, with_gradient, divisor, padded
+        return _forward_torch(pred, target, packed, *arguments)
     pred, target = (x if x.stride(-1) == 1 else x.contiguous() for x in (pred, target))
     empty = pred.new_empty(0)
     if not pred.numel():
         return pred.new_zeros((), dtype=torch.float32), _new_gradient(pred) if with_gradient else empty
     gradient = _new_gradient(pred) if with_gradient else None
     partial = pred.new_empty(pred.shape[0], dtype=torch.float32)
-    _launch_forward(
-        pred, target, packed, kind, beta, normalize, eps, _denominator(pred, denominator), gradient, partial
-    )
+    by = _denominator(pred, denominator)
+    _launch_forward(pred, target, packed, kind, beta, normalize, eps, by, gradient, partial, divisor, padded)
     return partial.sum(), gradient if with_gradient else empty
 
 
@@ -295,8 +329,10 @@ def _new_gradient(pred: Tensor) -> Tensor:
     return torch.empty(pred.shape, dtype=_gradient_dtype(pred), device=pred.device)
 
 
-def _forward_fake(pred, *_args):
-    *_, with_gradient = _args
+def _forward_fake(
+    pred, target, indices, cu_seqlens, image, max_seqlen, kind, beta, normalize, eps, denominator, with_gradient,
+    divisor=None, padded=False,
+):  # fmt: skip
     return pred.new_empty((), dtype=torch.float32), _new_gradient(pred) if with_gradient else pred.new_empty(0)
 
 
@@ -334,7 +370,8 @@ def _backward(ctx, grad_loss, _grad_gradient):
 
 _forward_op = register(
     "smooth_l1_loss(Tensor pred, Tensor target, Tensor indices, Tensor cu_seqlens, Tensor image, SymInt max_seqlen, "
-    "str kind, float beta, bool normalize, float eps, float? denominator, bool with_gradient) "
+    "str kind, float beta, bool normalize, float eps, float? denominator, bool with_gradient, Tensor? divisor=None, "
+    "bool padded=False) "
     "-> (Tensor loss, Tensor gradient)",
     _forward,
     _forward_fake,
@@ -352,7 +389,8 @@ def smooth_l1_loss(
     beta: float = 1.0,
     normalize: bool = True,
     eps: float = 1e-5,
-    denominator: float | None = None,
+    denominator: float | Tensor | None = None,
+    padded: bool = False,
 ) -> Tensor:
     """The loss between predicted tokens and the target encoder's at the same patches (arXiv 2301.08243, section 3).
 
@@ -361,8 +399,10 @@ def smooth_l1_loss(
     packed:      T tokens, indices below N, images below B.
     kind:        "smooth_l1" (Huber over beta, as the released code; beta 0 is L1) or "l2" (squared error, as the paper)
     normalize:   layer norm of the target rows over D, no affine, with `eps`.
-    denominator: what the sum is divided by, a Python number; None: T * D, the mean. Pass the global batch's count when
-                 a batch is split over ranks or accumulation steps. No tokens give a loss of 0.
+    denominator: what the sum is divided by, a Python number, or an fp32 tensor without dimensions on pred's device;
+                 None: T * D, the mean. Pass the global batch's count when a batch is split over ranks or accumulation
+                 steps. No tokens give a loss of 0.
+    padded:      whether rows of pred may follow the last sequence. They count for nothing, whatever they hold.
 
     Returns a scalar in fp32; arithmetic is fp32 throughout. Raises ValueError.
     """
@@ -372,7 +412,7 @@ def smooth_l1_loss(
         raise ValueError(f"target: want D = {pred.shape[1]} as pred has columns, got {describe(target)}")
     if target.requires_grad and torch.is_grad_enabled():
         raise ValueError("target: want a tensor that requires no gradient, as under torch.no_grad(), got one that does")
-    check_packed(packed, pred.device, target.shape[1], target.shape[0])
+    check_packed(packed, pred.device, target.shape[1], target.shape[0], padded=padded)
     if packed.indices.shape[0] != pred.shape[0]:
         raise ValueError(f"packed: want {pred.shape[0]} tokens as pred has rows, got {packed.indices.shape[0]}")
     if kind not in KINDS:
@@ -380,12 +420,21 @@ def smooth_l1_loss(
     for name, value in (("beta", beta), ("eps", eps)):
         if not is_number(value) or not value >= 0:
             raise ValueError(f"{name}: want a number >= 0, got {describe(value)}")
-    if denominator is not None and not (is_number(denominator) and denominator > 0):
-        raise ValueError(f"denominator: want a Python number > 0 or None, got {describe(denominator)}")
+    divisor = None
+    if isinstance(denominator, Tensor):
+        if denominator.shape or denominator.dtype != torch.float32 or denominator.device != pred.device:
+            raise ValueError(f"denominator: want a number, or a float32 [] on {pred.device}, got "
+                             f"{describe(denominator)}")
+        denominator, divisor = 1.0, denominator
+    elif denominator is not None and not (is_number(denominator) and denominator > 0):
+        raise ValueError(f"denominator: want a number > 0 or None, got {describe(denominator)}")
+    elif denominator is None and padded:
+        raise ValueError("denominator: want one where rows are padding, got None")
     beta, eps = float(beta), float(eps)  # Triton specialises an int of 1
     with_gradient = torch.is_grad_enabled() and pred.requires_grad
-    if denominator is not None and torch.compiler.is_compiling():
+    fixed = kind, beta, normalize, eps
+    if denominator is not None and divisor is None and torch.compiler.is_compiling():
         # To the compiler a float argument of a custom op is a constant, and the count changes with every batch.
-        mean = _forward_op(pred, target, *packed, kind, beta, normalize, eps, None, with_gradient)[0]
+        mean = _forward_op(pred, target, *packed, *fixed, None, with_gradient, None, padded)[0]
         return mean * (pred.numel() / denominator)
-    return _forward_op(pred, target, *packed, kind, beta, normalize, eps, denominator, with_gradient)[0]
+    return _forward_op(pred, target, *packed, *fixed, denominator, with_gradient, divisor, padded)[0]

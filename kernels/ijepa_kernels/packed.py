@@ -87,12 +87,18 @@ class Packed(NamedTuple):
 
 
 def check_packed(
-    packed: Packed, device: torch.device, num_patches: int, num_images: int | None = None, name: str = "packed"
+    packed: Packed,
+    device: torch.device,
+    num_patches: int,
+    num_images: int | None = None,
+    name: str = "packed",
+    padded: bool = False,
 ) -> None:
     """Raise `ValueError` unless `packed` is well formed, on `device`, and inside the grid and the batch.
 
     Values are read where that costs nothing, on the CPU; on another device they are read, and waited for, under
-    `IJEPA_KERNELS_CHECK=1` only. `num_images` None leaves `image` unbounded.
+    `IJEPA_KERNELS_CHECK=1` only. `num_images` None leaves `image` unbounded. `padded`: there may be more rows than the
+    sequences have.
     """
     if not isinstance(packed, (tuple, list)) or len(packed) != 4:
         raise ValueError(f"{name}: want a Packed(indices, cu_seqlens, image, max_seqlen), got {describe(packed)}")
@@ -114,7 +120,7 @@ def check_packed(
     if not can_read(indices):
         return
     ends, total = cu_seqlens, indices.shape[0]
-    if ends[0] != 0 or ends[-1] != total:
+    if ends[0] != 0 or (ends[-1] > total if padded else ends[-1] != total):
         raise ValueError(f"{name}.cu_seqlens: want it to go from 0 to {total}, the tokens, got {ends[0]} to {ends[-1]}")
     check_range(f"{name}.cu_seqlens", "lengths (0 to max_seqlen)", ends.diff(), max_seqlen)
     check_range(f"{name}.indices", "patches", indices, num_patches - 1)

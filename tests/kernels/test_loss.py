@@ -283,6 +283,24 @@ def test_compiled_gradient_equals_eager(device):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("options", [{}, {"kind": "l2"}, {"beta": 0.0}, {"normalize": False}])
+def test_padding_counts_for_nothing(device, options):
+    """Whatever it holds; and the denominator may be a tensor, which a captured graph reads at each replay."""
+    pred, target, packed = inputs(device)
+    spare = 6
+    more = torch.full((spare, pred.shape[1]), float("nan"), device=device)
+    long = torch.cat([pred.detach(), more]).requires_grad_()
+    indices = torch.cat([packed.indices, packed.indices.new_zeros(spare)])
+    by = torch.tensor(37.0, device=device)
+    loss = smooth_l1_loss(long, target, packed._replace(indices=indices), denominator=by, padded=True, **options)
+    (gradient,) = torch.autograd.grad(loss, long)
+    want = smooth_l1_loss(pred, target, packed, denominator=37.0, **options)
+    torch.testing.assert_close(loss, want, rtol=RELATIVE, atol=0)
+    (want_gradient,) = torch.autograd.grad(want, pred)
+    torch.testing.assert_close(gradient[:-spare], want_gradient, rtol=2**-22, atol=0)  # two more roundings of 1 / 37
+    assert not gradient[-spare:].any()
+
+
 def cases():
     def case(name, match, **change):
         return pytest.param(match, change, id=name)
@@ -305,9 +323,12 @@ def cases():
         case("beta", r"beta: want a number >= 0, got -1", beta=-1),
         case("no beta", r"beta: want a number >= 0, got NoneType", beta=None),
         case("eps", r"eps: want a number >= 0, got '1e-5'", eps="1e-5"),
-        case("denominator text", r"denominator: want a Python number > 0 or None, got '3'", denominator="3"),
-        case("denominator", r"denominator: want a Python number > 0 or None, got 0", denominator=0),
-        case("denominator tensor", r"denominator: want a Python number", denominator=torch.tensor(3.0)),
+        case("denominator text", r"denominator: want a number > 0 or None, got '3'", denominator="3"),
+        case("denominator", r"denominator: want a number > 0 or None, got 0", denominator=0),
+        case("denominator tensor", r"denominator: .* float32 \[\] on cpu, got int64", denominator=torch.tensor(3)),
+        case("no denominator", r"denominator: want one where rows are padding", padded=True),
+        case("too long", r"packed.cu_seqlens: want it to go from 0 to 11", denominator=1, padded=True,
+             pred=pred[2:], packed=packed._replace(indices=packed.indices[2:])),
     ]
 
 
