@@ -144,7 +144,7 @@ def count(config: Config, micro_batch: int) -> Counter:
         schedule=optim.build_schedule(config.optim, 100),
         probe=None,
     )
-    state.target_encoder._every_patch(images)  # made once, as the copies below; each update writes those anew
+    state.target_encoder.every_patch(images)  # made once, as the copies below; each update writes those anew
     for model in (state.encoder, state.predictor, state.target_encoder):
         if model.copies is not None:
             model.copies.refresh()

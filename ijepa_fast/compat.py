@@ -5,7 +5,7 @@ import shlex
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,20 @@ def foreach_copy_(to: "list[Tensor]", of: "list[Tensor]") -> None:
     import torch
 
     torch._foreach_copy_(to, of)
+
+
+def foreach_add_(to: "list[Tensor]", of: "Sequence[Tensor]") -> None:
+    """`add_` over lists. `torch._foreach_add_` (torch 2.11 to 2.13). Without it: a loop, a launch each."""
+    import torch
+
+    torch._foreach_add_(to, list(of))
+
+
+def foreach_zero_(of: "list[Tensor]") -> None:
+    """`zero_` over a list. `torch._foreach_zero_` (torch 2.11 to 2.13). Without it: a loop, a launch each."""
+    import torch
+
+    torch._foreach_zero_(of)
 
 
 def changes(x: "Tensor") -> int:

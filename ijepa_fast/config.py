@@ -178,6 +178,7 @@ class TrainConfig(Section):
     init_from: UserPath | None = None  # weights of any format (ijepa_fast.load) to start from
     checkpoint_every: Count | None = None  # steps; left out: once an epoch
     keep_last: Count = 3  # checkpoints
+    cuda_graph: Literal[True, False, "auto"] = "auto"  # true: a step's kernels in one launch; auto: no
     profile: Count | None = None  # updates, after the first few, of which a trace and a table are written
 
 
@@ -244,7 +245,7 @@ _EXACT = {
     "mask": set(),
     "optim": {"micro_batch"},
     "data": {"probe_root", "decoder", "threads", "max_bad_fraction"},
-    "train": {"folder", "init_from", "checkpoint_every", "keep_last", "profile"},
+    "train": {"folder", "init_from", "checkpoint_every", "keep_last", "cuda_graph", "profile"},
 }
 
 

@@ -52,8 +52,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
         assert self.proj.bias is not None
-        for copies in self.encoder_copies:
-            copies.refresh()
+        self.refresh_copies()
         return embed_patches(
             images,
             packed,
@@ -63,6 +62,10 @@ class PatchEmbed(nn.Module):
             patch_size=self.patch_size,
             dtype=self.compute_dtype,
         )
+
+    def refresh_copies(self) -> None:
+        for copies in self.encoder_copies:
+            copies.refresh()
 
 
 class VisionTransformer(nn.Module):
@@ -91,7 +94,7 @@ class VisionTransformer(nn.Module):
         as normalised. A patch attends to the patches of its own sequence. With `rows` (int64 `[R]`, distinct) the
         result is of those rows alone, `[R, D]`, of the T listed or of B * N: the last block finishes no others.
         """
-        listed = self._every_patch(images) if packed is None else packed
+        listed = self.every_patch(images) if packed is None else packed
         x, branch = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype), None
         *blocks, last = self.blocks
         for block in blocks:
@@ -100,7 +103,11 @@ class VisionTransformer(nn.Module):
         _, x = self.norm(x, branch, torch.promote_types(x.dtype, torch.float32))
         return x.view(len(images), self.grid**2, -1) if packed is None and rows is None else x
 
-    def _every_patch(self, images: Tensor) -> Packed:
+    def refresh_copies(self) -> None:
+        """Make the copies of changed weights anew, as each forward does at its beginning."""
+        self.patch_embed.refresh_copies()
+
+    def every_patch(self, images: Tensor) -> Packed:
         """`Packed.dense` of a batch, kept on the device for the next batch of that size."""
         if torch.compiler.is_compiling() or type(images) is not Tensor:
             return Packed.dense(len(images), self.grid**2, device=images.device)  # not to keep tensors without values
@@ -144,8 +151,7 @@ class Predictor(nn.Module):
         from the context sequence `context_of` (int32 `[S_tgt]`) names; without it an image has one context, and image
         numbers match them.
         """
-        if self.copies is not None:
-            self.copies.refresh()
+        self.refresh_copies()
         x = self.predictor_embed(tokens).to(self.residual_dtype)
         distinct: Distinct | None = Distinct(self._each_once(x, context), context, target, context_of)
         x, cu_seqlens, mask_rows = predictor_tokens(
@@ -160,6 +166,11 @@ class Predictor(nn.Module):
         # Only the mask tokens are read from here on: the last block finishes two thirds fewer rows.
         x, branch = last(x, branch, cu_seqlens, max_seqlen, mask_rows, distinct)
         return self.predictor_proj(self.predictor_norm(x, branch, self.predictor_proj.compute_dtype)[1])
+
+    def refresh_copies(self) -> None:
+        """Make the copies of changed weights anew, as each forward does at its beginning."""
+        if self.copies is not None:
+            self.copies.refresh()
 
     def _each_once(self, x: Tensor, context: Packed) -> Tensor:
         """The tokens of the contexts, and a mask token at every patch, with their positions: `Distinct.x`."""

@@ -19,6 +19,7 @@ from ijepa_fast.distributed import World
 from ijepa_fast.errors import SharedError, UserError
 from ijepa_fast.evaluation.probe import Probe, build_probe
 from ijepa_fast.fp8 import check_fp8, use_fp8
+from ijepa_fast.graph import GraphedBackward
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import Predictor, VisionTransformer, build_encoder, build_predictor, keep_copies
 from ijepa_fast.optim import Schedule, build_optimizer, build_schedule
@@ -42,10 +43,11 @@ class TrainState:
         """What the optimizer steps; its parameter names key the optimizer's state."""
         return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
 
-    def update(self, momentum: float) -> None:
+    def update(self, momentum: float, *, keep_gradients: bool = False) -> None:
         """Step the trained models by their gradients, which are dropped, and the target encoder after them."""
         self.optimizer.step(momentum=momentum)
-        self.optimizer.zero_grad(set_to_none=True)
+        if not keep_gradients:
+            self.optimizer.zero_grad(set_to_none=True)
         for model in (self.encoder, self.predictor, self.target_encoder):
             if model.copies is not None:
                 model.copies.mark_fresh()
@@ -61,6 +63,7 @@ class Run(NamedTuple):
     predictor: nn.Module
     schedule: Schedule
     probe: Probe | None
+    graphed: GraphedBackward | None = None  # what adds the gradients of a micro-batch, in the place of autograd
 
     @property
     def total_steps(self) -> int:
@@ -83,12 +86,29 @@ def build_run(
     with contextlib.ExitStack() as stack:
         with world.raise_on_all_ranks():
             masks = MultiBlockMasks(config.mask, config.grid, config.train.seed, config.optim.global_batch_size)
-        data = stack.enter_context(build_data(config, world, masks, write_cache, report))
+        with_graph = uses_graph(config, world)
+        data = stack.enter_context(build_data(config, world, masks, write_cache, report, padded=with_graph))
         state = build_state(config, world)
         encoder, predictor = average_gradients(state.encoder, world), average_gradients(state.predictor, world)
         schedule = build_schedule(config.optim, data.sampler.steps_per_epoch)
         probe = stack.enter_context(open_probe(config, world, data, write_cache, report))
-        yield Run(config, world, masks, data, state, encoder, predictor, schedule, probe)
+        graphed = None
+        if with_graph:
+            graphed = GraphedBackward(state.encoder, state.predictor, state.target_encoder, config.optim.loss)
+        yield Run(config, world, masks, data, state, encoder, predictor, schedule, probe, graphed)
+
+
+def uses_graph(config: Config, world: World) -> bool:
+    """Whether steps are captured as CUDA graphs. Raises UserError where they cannot be, and the config asks for it."""
+    if config.train.cuda_graph is not True:  # auto: not before a GPU has timed it
+        return False
+    if world.device.type != "cuda":
+        raise SharedError("train.cuda_graph=true needs a GPU; leave it out")
+    if world.strategy != "single":
+        raise SharedError(f"train.cuda_graph=true is for one process, not {world.strategy}; leave it out")
+    if config.parallel.compile is True:
+        raise SharedError("train.cuda_graph=true and parallel.compile=true exclude each other; leave one out")
+    return True
 
 
 def check_divisible(config: Config, world: World) -> None:
@@ -104,6 +124,7 @@ def build_data(
     masks: MultiBlockMasks,
     write_cache: bool,
     report: Callable[[str], None] | None = None,
+    padded: bool = False,
 ) -> Pipeline:
     """This rank's share of the batches of data.root."""
     root = config.data.root
@@ -120,6 +141,7 @@ def build_data(
             rank=world.rank,
             world_size=world.size,
             device=world.device,
+            padded=padded,
         )
 
 

@@ -49,17 +49,22 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
     denominator = run.loss_denominator(step)
     loss, counts, bad = torch.zeros((), device=run.world.device), TokenCounts(), list[BadImage]()
     with memory_advice(run.config.optim.micro_batch):
+        if run.graphed is not None:
+            run.graphed.zero()
         for _ in range(run.data.loader.micro_batches_per_step):
             batch = next(batches)
             loss += backward(run, batch, denominator)
             counts.add(batch, run.config.grid**2)
             bad += batch.bad
-        run.state.update(momentum)
+        run.state.update(momentum, keep_gradients=run.graphed is not None)
     return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 
 
 def backward(run: Run, batch: Batch, denominator: float) -> Tensor:
     """Add a micro-batch's gradients; the last of a step averages them over the ranks. Returns its part of the loss."""
+    if run.graphed is not None:
+        assert batch.padded is not None
+        return run.graphed(batch.images, batch.padded, denominator)
     with contextlib.nullcontext() if batch.last else accumulate(run.encoder, run.predictor):
         loss = ijepa_loss(
             run.encoder,

@@ -350,7 +350,8 @@ OTHER = {
         "start_lr": 1e-4, "lr": 2e-3, "final_lr": 1e-5, "weight_decay": 0.05, "final_weight_decay": 0.3,
         "betas": [0.9, 0.95], "eps": 1e-6, "momentum": [0.99, 1.0], "schedule_stretch": 1.25, "loss": "l2",
     },
-    "train": {"folder": "elsewhere", "seed": 1, "init_from": "x", "checkpoint_every": 5, "keep_last": 1, "profile": 2},
+    "train": {"folder": "elsewhere", "seed": 1, "init_from": "x", "checkpoint_every": 5, "keep_last": 1, "profile": 2,
+              "cuda_graph": False},
     "parallel": {"strategy": "ddp", "shard_size": 2, "checkpointing": "full", "compile": True, "cpu_threads": 2},
     "log": {
         "every": 1, "probe_every": 5, "probe_images": 10, "progress": False, "tensorboard": False, "wandb": True,
@@ -362,7 +363,7 @@ FREE = {
     *(("parallel", key) for key in OTHER["parallel"]),
     *(("log", key) for key in OTHER["log"]),
     *(("data", key) for key in ("probe_root", "decoder", "threads", "max_bad_fraction")),
-    *(("train", key) for key in ("folder", "init_from", "checkpoint_every", "keep_last", "profile")),
+    *(("train", key) for key in ("folder", "init_from", "checkpoint_every", "keep_last", "cuda_graph", "profile")),
     ("optim", "micro_batch"),
 }
 KEYS = [(section, key) for section, keys in OTHER.items() for key in keys]

@@ -33,7 +33,7 @@ class Gate:
                 self.allowed = 2 * max(self._error(own))
         loss, gradients = provider.gradients()
         loss_error, gradient_error = self._error((loss, _flat(gradients)))
-        limit = self.allowed + self.ROUNDING
+        limit = provider.error * self.allowed + self.ROUNDING
         assert loss_error <= limit, f"the loss is off by {loss_error:.1e} of it, allowed {limit:.1e}"
         assert gradient_error <= limit, f"the gradient is off by {gradient_error:.1e} of it, allowed {limit:.1e}"
 

@@ -56,6 +56,7 @@ class Provider:
     optimizer: torch.optim.Optimizer
     momentum, lr, weight_decay = 1.0, 0.0, 0.05  # any values cost the same; these leave the shared weights in place
     freed_memory = "kept"  # see bench/harness/heap.py
+    error = 1.0  # how many times what the gate allows it may be off
 
     def __init__(self, setup: Setup):
         self.setup, self.marks = setup, Marks(setup.device)

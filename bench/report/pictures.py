@@ -9,6 +9,8 @@ Row = dict[str, Any]
 PART_COLORS = ("#1f4e8c", "#4f86c6", "#9db7d5", "#c2571a", "#e3a77f")
 PROVIDER_COLORS = {
     "ours": "#c2571a",
+    "ours_graph": "#8a3a0f",
+    "ours_fp8": "#d98c4a",
     "ours_compiled": "#e3a77f",
     "tuned": "#4f86c6",
     "straight": "#9db7d5",

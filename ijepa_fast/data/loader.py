@@ -21,6 +21,7 @@ from ijepa_fast.data.reader import Reader, Reading
 from ijepa_fast.data.sampler import GlobalBatchSampler, center_boxes, crop_boxes
 from ijepa_fast.data.table import Index
 from ijepa_fast.masks import Covered, Masks, MultiBlockMasks
+from ijepa_fast.padding import Padded, pad
 
 # Bytes of encoded images that are read ahead along the order, where more than one micro-batch fits: about 600 images of
 # ImageNet. The index knows all sizes, so this bounds the memory whatever the images are.
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     step: int  # global step, from 0
     last: bool  # whether it completes this rank's share of the step
     bad: tuple[BadImage, ...] = ()  # those of `ids` that other images had to stand in for
+    padded: Padded | None = None  # the masks for a captured graph; `masks` are then left on the host
 
 
 class Loader:
@@ -46,6 +48,8 @@ class Loader:
     Rank r takes the positions `[r * G / W, (r + 1) * G / W)` of each global batch of G images, cut into micro-batches
     of `micro_batch` images (the last may be smaller). At most `prefetch` batches wait ready. `wait_s` adds up the
     seconds in which the consumer had to wait for data.
+
+    With `padded`, batches have their masks padded as well, see `ijepa_fast.padding`.
 
     One iteration at a time; leaving it, `close()` and the context manager end the background thread, after the
     micro-batch in hand. Reader and decoder stay the caller's, to share and to close.
@@ -67,6 +71,7 @@ class Loader:
         micro_batch: int,
         device: torch.device | str = "cpu",
         prefetch: int = 2,
+        padded: bool = False,
     ):
         if sampler.global_batch % world_size:
             raise ValueError(f"a global batch of {sampler.global_batch} does not divide among {world_size} ranks")
@@ -76,7 +81,7 @@ class Loader:
             raise ValueError(f"micro_batch and prefetch must be at least 1, not {micro_batch} and {prefetch}")
         self.index, self.sampler, self.decoder, self.reader, self.masks = index, sampler, decoder, reader, masks
         self.image_size, self.crop_scale, self.seed = image_size, crop_scale, seed
-        self.device, self.prefetch = torch.device(device), prefetch
+        self.device, self.prefetch, self.padded = torch.device(device), prefetch, padded
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())  # the background thread's own may differ
         share = sampler.global_batch // world_size
@@ -151,7 +156,9 @@ class Loader:
             BadImage(start + at, step, int(ids[at]), index.path(ids[at]), reason, other, index.path(other))
             for at, reason, other in replaced
         )
-        return Batch(pixels, self.masks.sample(step, start, stop), ids, step, stop == self._slices[-1][1], bad)
+        masks = self.masks.sample(step, start, stop)
+        padded = pad(masks, len(ids) * self.masks.grid**2) if self.padded else None
+        return Batch(pixels, masks, ids, step, stop == self._slices[-1][1], bad, padded)
 
     def _boxes(self, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
         def boxes(ids: np.ndarray) -> np.ndarray:
@@ -258,6 +265,9 @@ class _Upload:
     def __call__(self, batch: Batch) -> tuple[Batch, torch.cuda.Event]:
         with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
             images = self._copy(batch.images)
+            if batch.padded is not None:
+                batch = batch._replace(images=images, padded=batch.padded.to(self.device, non_blocking=True))
+                return batch, self._event()
             context, target = (packed.to(self.device, non_blocking=True) for packed in batch.masks[:2])
             covered = batch.masks.covered
             masks = Masks(
@@ -266,9 +276,14 @@ class _Upload:
                 self._copy(batch.masks.context_of),
                 None if covered is None else Covered(*map(self._copy, covered)),
             )
-            copied = torch.cuda.Event()
-            copied.record()
-        return batch._replace(images=images, masks=masks), copied
+            return batch._replace(images=images, masks=masks), self._event()
+
+    @staticmethod
+    def _event() -> torch.cuda.Event:
+        """Of the copies begun so far."""
+        copied = torch.cuda.Event()
+        copied.record()
+        return copied
 
     def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
         # The allocator of pinned memory itself keeps a block until the copies out of it are done.
@@ -280,6 +295,7 @@ def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
     stream = torch.cuda.current_stream(batch.images.device)
     stream.wait_event(copied)
     masks = batch.masks
-    for tensor in (batch.images, *masks.context[:3], *masks.target[:3], masks.context_of, *(masks.covered or ())):
+    of_masks = (*masks.context[:3], *masks.target[:3], masks.context_of, *(masks.covered or ()))
+    for tensor in (batch.images, *(of_masks if batch.padded is None else batch.padded.tensors())):
         tensor.record_stream(stream)
     return batch

@@ -66,6 +66,7 @@ def build_pipeline(
     world_size: int = 1,
     device: torch.device | str = "cpu",
     prefetch: int = 2,
+    padded: bool = False,
 ) -> Pipeline:
     """The batches of `data.root` with `masks`, whose seed and global batch are those of order and crops as well.
 
@@ -89,5 +90,6 @@ def build_pipeline(
         micro_batch=micro_batch,
         device=device,
         prefetch=prefetch,
+        padded=padded,
     )
     return Pipeline(source, sampler, loader)
