@@ -1,8 +1,8 @@
 """What our kernels fuse of a step, beside the same in plain PyTorch, at the shapes of the paper's models.
 
-Norm and GELU are timed forward and backward. `eager` is PyTorch's own operators one by one, `compiled` those under
-torch.compile (GPU only). The optimizer updates weights, target and the low-precision copies of both; `eager` is the
-fused AdamW, then PyTorch's multi-tensor forms of the average and the casts. On a CPU batches are small, and the
+Norm and GELU are timed forward and backward, a sum by itself. `eager` is PyTorch's own operators one by one, `compiled`
+those under torch.compile (GPU only). The optimizer updates weights, target and low-precision copies of both; `eager` is
+the fused AdamW, then PyTorch's multi-tensor forms of the average and the casts. On a CPU batches are small, and the
 optimizer takes one block of the model.
 """
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import AdamWEMA, add_layer_norm, bias_gelu
+from ijepa_kernels import AdamWEMA, add_layer_norm, bias_gelu, column_sum
 from torch import Tensor
 
 from bench.harness.compare import Case, Variant, assert_close
@@ -123,6 +123,37 @@ def test_bench_gelu(bench, model, provider):
             return (F.gelu(x + bias),)
 
         return fused_case(ours, plain, inputs, gradients, device, 5 * rows * dim * low.itemsize)
+
+    bench(build)
+
+
+@pytest.mark.parametrize("part", ["qkv", "fc2"])
+@pytest.mark.parametrize("provider", ["ours", "eager", "compiled"])
+def test_bench_column_sum(bench, model, part, provider):
+    """The gradients of the biases that are summed alone: of queries, keys and values, and of an MLP's second layer."""
+
+    def build():
+        device, dim = bench.device, MODELS[model].size.dim * (3 if part == "qkv" else 1)
+        shape, low = (rows_of(model, device), dim), low_precision(device)
+
+        def plain(x):
+            return x.sum(0, dtype=torch.float32)
+
+        def of(function):
+            def make():
+                x, call = draw(shape, 0, device, low), function()
+                return lambda: call(x)
+
+            return Variant(make)
+
+        def check(result):
+            x = draw(shape, 0, device, low).double()
+            # Values around 0, whose sums are near it: n roundings of 2^-24 of the magnitudes at the most.
+            assert_close([result], [x.sum(0)], shape[0] * 2**-24 * float(x.abs().sum(0).max() / x.sum(0).abs().max()))
+
+        providers = {"ours": lambda: column_sum, "eager": lambda: plain, "compiled": lambda: compiled(plain, device)}
+        variants = {provider: of(function) for provider, function in providers.items()}
+        return Case(variants, {"x": list(shape)}, low, check, nbytes=shape[0] * dim * low.itemsize)
 
     bench(build)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
+from ijepa_kernels import column_sum
+from ijepa_kernels.dispatch import use_triton
 from torch import Tensor, nn
 
 from ijepa_fast import compat
@@ -60,7 +62,8 @@ class _CopiedLinear(torch.autograd.Function):
         grad_weight = _wide_product(grad.t(), x, ctx.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = None
         if ctx.with_bias:  # on a CPU rounded first, as PyTorch's own linear layer does, and so FSDP's
-            grad_bias = grad.sum(0).to(ctx.dtype) if grad.is_cpu else grad.sum(0, dtype=ctx.dtype)
+            total = grad.sum(0) if grad.is_cpu and not use_triton(grad) else column_sum(grad)
+            grad_bias = total.to(ctx.dtype)
         return grad_x, grad_weight, grad_bias, None, None
 
 

@@ -4,6 +4,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from ijepa_kernels import column_sum
 
 from bench import traffic
 from bench.harness.traffic import COPY_RATE, MATMUL_RATE, Counter
@@ -46,6 +47,14 @@ def test_what_a_gather_and_a_write_move():
     assert counted(lambda: x.mul_(2))[0].other_bytes == 2 * 4 * 1000 * 16
 
 
+def test_a_sum_in_two_stages():
+    x = torch.empty(5000, 3840, device="meta", dtype=torch.bfloat16)
+    total, kinds = counted(lambda: column_sum(x))
+    assert total.launches == 2
+    partial = 4 * 70 * 3840  # 70 programs for each of the 15 blocks of 256 columns: 1,050 of the 1,056 there may be
+    assert kinds["sum"].other_bytes == pytest.approx(2 * 5000 * 3840 + 2 * partial + 4 * 3840, rel=0.001)
+
+
 def test_a_wait_of_the_host_counts():
     x = torch.empty(8, device="meta")
     assert counted(lambda: float(x.sum()))[0].host_syncs == 1
@@ -84,6 +93,12 @@ def test_flops_of_a_step_are_those_of_its_formula(step):
     # The formula counts attention's backward as two forwards, the counter as the five products that there are: half a
     # forward more. Attention is 4 L^2 D of a block that is 24 L D^2 and more, here with L <= 36 and D = 192.
     assert want.total <= counter.total().flops <= 1.03 * want.total
+
+
+def test_biases_are_summed_by_our_op(step):
+    """Two launches each: of queries, keys and values and of the MLP's second layer in 12 + 1 blocks, and of the patch
+    embedding and the predictor's two projections. The one of PyTorch's is of the mask token."""
+    assert step[1].by_kind()["sum"].launches == 2 * (2 * 13 + 3) + 1
 
 
 def test_every_part_of_a_step_is_there(step):

@@ -1,9 +1,11 @@
 """Copies of weights in the dtype of the matrix products: the same numbers, never stale, never saved."""
 import pytest
 import torch
+from ijepa_kernels import column_sum
 from test_model import ragged, small_encoder
 
 from ijepa_fast import compat
+from ijepa_fast import copies as copied
 from ijepa_fast.model import build_predictor, keep_copies
 from ijepa_fast.optim import build_optimizer
 from ijepa_fast.run import TrainState
@@ -45,6 +47,21 @@ def assert_same(results, plain):
 
 def test_the_products_are_those_of_cast_weights(plain):
     assert_same(gradients(*models(copies=True)), plain)
+
+
+def test_where_kernels_run_a_bias_is_summed_in_fp32_by_our_op(monkeypatch):
+    x = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight, bias = (torch.zeros(*shape, requires_grad=True) for shape in ((24, 24), (24,)))
+    out = copied.copied_linear(x, weight, bias, weight.bfloat16(), bias.bfloat16())
+    exact, rounded = x.sum(0, dtype=torch.float32), x.sum(0).float()
+    assert not torch.equal(exact, rounded)
+    summed = []
+    monkeypatch.setattr(copied, "column_sum", lambda grad: summed.append(grad.shape) or column_sum(grad))
+    for runs, want in ((False, rounded), (True, exact)):
+        monkeypatch.setattr(copied, "use_triton", lambda grad, runs=runs: runs)
+        (got,) = torch.autograd.grad(out, bias, x, retain_graph=True)
+        assert torch.equal(got, want)
+        assert summed == [(300, 24)] * runs
 
 
 @pytest.mark.long  # compiles

@@ -14,7 +14,7 @@ from typing import Any
 
 import ijepa_kernels  # noqa: F401  (registers the ops that are named below)
 import torch
-from ijepa_kernels import gelu, norm, patches
+from ijepa_kernels import gelu, norm, patches, sums
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -38,7 +38,7 @@ KINDS = {
     ),
     "gelu": ("gelu", "gelu_backward", "bias_gelu", "bias_gelu_backward", "bias_gelu_fp8"),
     "add": ("add", "add_"),
-    "sum": ("sum",),  # gradients of biases
+    "sum": ("sum", "column_sum"),  # gradients of biases
     "copy": ("cat", "stack", "clone", "copy_"),
     "rows": (
         *("index_select", "index_add_", "gather_patches", "predictor_tokens", "predictor_tokens_backward"),
@@ -66,11 +66,13 @@ LAUNCHES = {
     "predictor_rows_backward": 14,  # a sort of 20,000 keys is 7
     "add_layer_norm_backward": 2,
     "bias_gelu_backward": 2,
+    "column_sum": 2,
 }
 # Partial sums, fp32, that the first of two kernels writes and the second reads: as many rows as there are programs.
 PARTIAL_SUMS = {
     "add_layer_norm_backward": lambda results: norm.BACKWARD_PROGRAMS * results[2].numel(),
     "bias_gelu_backward": lambda results: gelu.BACKWARD_PROGRAMS * results[1].numel() // gelu.blocks_of(results[0]),
+    "column_sum": lambda results: sums.PROGRAMS * results[0].numel() // sums.blocks_of(results[0].numel()),
 }
 # A multi-tensor launch takes 320 chunks of 65,536 elements (ATen/native/cuda/MultiTensorApply.cuh).
 CHUNKED = {"_fused_adamw_", "_foreach_add_", "_foreach_copy_"}

@@ -11,6 +11,7 @@ from .packed import Packed
 from .patches import IMAGENET_MEAN, IMAGENET_STD, embed_patches, gather_patches
 from .predictor import predictor_tokens
 from .repeats import predictor_rows
+from .sums import column_sum
 from .tokens import apply_masks, gather_tokens
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     "apply_masks",
     "bias_gelu",
     "bias_gelu_fp8",
+    "column_sum",
     "ema_update_",
     "embed_patches",
     "explain_backends",

@@ -27,6 +27,7 @@ from .dispatch import tl, triton, use_triton
 from .packed import Packed, check_packed
 from .registration import register
 from .shipped import Shipped
+from .sums import column_sum
 from .tokens import gather_tokens
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -277,7 +278,7 @@ def _embed_backward(ctx, grad):
             grad_weight = grad.t() @ patches
         grad_weight = grad_weight[:, :columns].to(ctx.dtypes[0]).reshape(ctx.weight_shape)
     if ctx.needs_input_grad[2]:
-        grad_bias = grad.sum(0, dtype=torch.float32).to(ctx.dtypes[1])
+        grad_bias = column_sum(grad).to(ctx.dtypes[1])
     return None, grad_weight, grad_bias, *(None,) * (4 + len(ctx.arguments))
 
 

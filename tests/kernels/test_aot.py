@@ -85,6 +85,15 @@ def test_loss_touches_its_tensors_in_16_byte_pieces_alone(rows):
         assert row["stores"]["4"] == 1, name(row)
 
 
+def test_column_sum_reads_in_16_byte_pieces_alone(rows):
+    """Its stores are narrow, a row of sums a program, so that the check for both does not look at the loads."""
+    sums = [row for row in rows if row["module"] == "sums"]
+    assert sums
+    for row in sums:
+        assert set(row["loads"]) == {"16"}, name(row)
+        assert (row["spills"], row["stack"]) == (0, 0), name(row)
+
+
 SIZES = dict(registers=32, stack=0, shared=0, spills=0, tensor_core=4, loads={"16": 2}, stores={"16": 1})
 GOOD = dict(module="m", kernel="k", title="", arch=90, vector_bytes=16, dot=True) | SIZES
 
