@@ -187,6 +187,58 @@ def test_what_dali_refuses_pillow_decodes_and_dali_goes_on(dali):
     assert torch.equal(dali.decode([GOOD] * 2, boxes[:2], SIZE), good)
 
 
+def test_the_host_is_one_batch_ahead_of_the_device_and_holds_what_dali_lent(dali, monkeypatch):
+    """With events of paper: the caller waits for each copy, the host for that before it."""
+    happened = []
+
+    class Event:
+        def record(self):
+            happened.append(("record", self.number))
+
+        def synchronize(self):
+            happened.append(("host waits", self.number))
+
+    class Caller:
+        def wait_event(self, event):
+            happened.append(("caller waits", event.number))
+
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda x, stream: happened.append(("is read by", type(stream))))
+    lent = [torch.full((1, 2, 2, 3), i, dtype=torch.uint8) for i in range(2)]
+    for number, pixels in enumerate(lent):
+        happened.clear()
+        monkeypatch.setattr(torch.cuda, "Event", type("Numbered", (Event,), {"number": number}))
+        copy = dali._hand_over(pixels, Caller())
+        assert torch.equal(copy, pixels)
+        assert copy.data_ptr() != pixels.data_ptr()
+        begun = [("record", number), ("caller waits", number), ("is read by", Caller)]
+        assert happened == begun + [("host waits", number - 1)] * (number > 0)
+        assert dali._lent[0] is pixels
+    happened.clear()
+    dali.close()
+    assert happened == [("host waits", 1)]
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_are_those_of_the_cpu_whatever_is_in_flight():
+    """No wait between them, results read on another stream while later ones are made, and a broken image amid."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    batches = [[encode(photo(500, 375, 10 * i + j), "JPEG", quality=90) for j in range(16)] for i in range(8)]
+    boxes = np.array([[30, 20, 400, 300]] * 16, np.int32)
+    batches[3][5] = batches[3][5][:1000]
+    with contextlib.closing(build_decoder("dali", 2)) as host, contextlib.closing(
+        build_decoder("dali", 2, "cuda")
+    ) as device:
+        expected = [host.decode_each(batch, boxes, SIZE) for batch in batches]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results = [device.decode_each(batch, boxes, SIZE) for batch in batches]
+            sums = [pixels.float() for pixels, _ in results]
+        torch.cuda.synchronize()
+    for (pixels, reasons), (want, refused), read in zip(results, expected, sums, strict=True):
+        assert reasons.keys() == refused.keys()
+        assert torch.equal(read, pixels.float())
+        assert (pixels.cpu().float() - want.float()).abs().mean() < 1  # another inverse transform, not other images
+
+
 def test_a_missing_dali_is_a_user_error_when_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ijepa_fast.data.decoder_dali", None)
     with pytest.raises(UserError, match=r"data\.decoder=pillow"):

@@ -17,7 +17,8 @@ class Decoder(Protocol):
         """Crop and resize each image to `size` x `size` RGB.
 
         `boxes`: int32 `[n, 4]` (left, top, width, height), pixels of the stored image. Returns uint8
-        `[n, size, size, 3]`. Raises `ijepa_fast.errors.DecodeError` for the first image that cannot be decoded.
+        `[n, size, size, 3]`, which on a CUDA device may still be on its way, to the stream that is current at the call.
+        Raises `ijepa_fast.errors.DecodeError` for the first image that cannot be decoded.
         """
 
     def decode_each(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> tuple[torch.Tensor, dict[int, str]]:

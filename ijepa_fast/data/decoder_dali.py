@@ -4,6 +4,10 @@ Tried with DALI 2.4: `exec_dynamic=True` survives a batch that fails, the other 
 within a level of Pillow, `False` ten times further off. `adjust_orientation=False` because the released recipe ignores
 EXIF. DALI's errors name neither image nor reason, so a batch that fails is decoded again one by one. It is given the
 kinds of images that it decodes as Pillow does, and Pillow the others.
+
+On a CUDA device two batches are in the works at once: a call returns when DALI has launched what the device does, so
+that the CPU's part of the next batch runs beside it, and events order what comes after. DALI's own queue would do as
+much but gives batches back in order: an image decoded by itself, or in the place of a bad one, would come too late.
 """
 import threading
 from typing import Literal
@@ -34,6 +38,7 @@ class DaliDecoder:
         self._pillow = PillowDecoder(threads)
         self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._lent: tuple[torch.Tensor, torch.cuda.Event] | None = None  # by DALI, until the copy of it is made
         self._pipelines: dict[int, Pipeline] = {}  # by output size; each for batches up to its `max_batch_size`
 
     def decode(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> torch.Tensor:
@@ -44,7 +49,8 @@ class DaliDecoder:
         return pixels
 
     def decode_each(self, encoded: list[bytes], boxes: np.ndarray, size: int) -> tuple[torch.Tensor, dict[int, str]]:
-        """As `Decoder.decode_each`; the result is on `device`."""
+        """As `Decoder.decode_each`; the result is on `device`, for work on the stream that is current at the call."""
+        caller = torch.cuda.current_stream(self.device) if self._stream is not None else None
         common = [i for i, data in enumerate(encoded) if is_common(data)]
         left = sorted(set(range(len(encoded))).difference(common))
         with self._lock, torch.cuda.stream(self._stream):
@@ -53,23 +59,36 @@ class DaliDecoder:
             except RuntimeError:
                 decoded = None
             if decoded is not None and not left:
-                return self._own(decoded), {}
+                return self._hand_over(decoded, caller), {}
             pixels = torch.zeros((len(encoded), size, size, 3), dtype=torch.uint8, device=self.device)
             if decoded is not None:
-                pixels[common] = decoded
+                self._copy(pixels, common, decoded)
             else:
                 left = sorted(left + self._one_by_one(pixels, common, encoded, boxes, size))
             name = library_warnings.names()
             with library_warnings.batch(lambda at: name(left[at])):
                 decoded, reasons = self._pillow.decode_each([encoded[i] for i in left], boxes[left], size)
             pixels[left] = decoded.to(self.device)
-            return self._own(pixels), {left[at]: reason for at, reason in reasons.items()}
+            return self._hand_over(pixels, caller), {left[at]: reason for at, reason in reasons.items()}
 
-    def _own(self, pixels: torch.Tensor) -> torch.Tensor:
+    def _hand_over(self, pixels: torch.Tensor, caller: torch.cuda.Stream | None) -> torch.Tensor:
+        """In memory of torch's own, which knows the streams that read it; DALI takes its back when nobody holds it."""
+        if caller is None:
+            return pixels
+        copy, copied = pixels.clone(), torch.cuda.Event()
+        copied.record()
+        caller.wait_event(copied)
+        copy.record_stream(caller)
+        if self._lent is not None:
+            self._lent[1].synchronize()  # of the batch before: the host is one ahead of the device, and no more
+        self._lent = pixels, copied
+        return copy
+
+    def _copy(self, pixels: torch.Tensor, positions: list[int], decoded: torch.Tensor) -> None:
+        """Out of DALI's memory, and wait for it: only good batches are worth more."""
+        pixels[positions] = decoded
         if self._stream is not None:
-            pixels = pixels.clone()  # torch's own memory: DALI's cannot wait for the streams that read it
             self._stream.synchronize()
-        return pixels
 
     def _one_by_one(
         self, pixels: torch.Tensor, positions: list[int], encoded: list[bytes], boxes: np.ndarray, size: int
@@ -78,7 +97,7 @@ class DaliDecoder:
         refused = []
         for i in positions:
             try:
-                pixels[i] = self._run([encoded[i]], boxes[i : i + 1], size)[0]
+                self._copy(pixels, [i], self._run([encoded[i]], boxes[i : i + 1], size))
             except RuntimeError:
                 refused.append(i)
         return refused
@@ -97,6 +116,7 @@ class DaliDecoder:
             )
         boxes = np.ascontiguousarray(boxes, np.int32)
         (pixels,) = pipeline.run(
+            self._stream,  # the result is for work on it; without one, on a CPU, `run` waits
             encoded=[np.frombuffer(data, np.uint8) for data in encoded],
             corner=np.ascontiguousarray(boxes[:, :2]),
             extent=np.ascontiguousarray(boxes[:, 2:]),
@@ -104,6 +124,9 @@ class DaliDecoder:
         return torch.from_dlpack(pixels.as_tensor())  # shares the memory, which DALI then leaves alone
 
     def close(self) -> None:
+        if self._lent is not None:
+            self._lent[1].synchronize()
+            self._lent = None
         self._pipelines.clear()
         self._pillow.close()
 

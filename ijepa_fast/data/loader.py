@@ -121,7 +121,10 @@ class Loader:
         """Runs in the background thread."""
         upload = _Upload(self.device) if self.device.type == "cuda" else None
         for share, encoded in self._read_ahead(first_step, last_step):
-            batch = self._build(share, list(encoded))
+            data = list(encoded)
+            # A decoder on the device leaves its result to the current stream, which must not be that of the step.
+            with torch.cuda.stream(None if upload is None else upload.stream):
+                batch = self._build(share, data)
             yield (batch, None) if upload is None else upload(batch)
 
     def _read_ahead(self, first_step: int, last_step: int) -> Iterator[tuple["_Share", Reading]]:
