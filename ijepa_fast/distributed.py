@@ -56,11 +56,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is set on any rank; waits for all ranks, on the host."""
+        return bool(self.largest(flag)[0])
+
+    def largest(self, *values: float) -> list[float]:
+        """The largest of each value on any rank; waits for all ranks, on the host."""
         if self.size == 1:
-            return flag
-        votes = torch.tensor(int(flag))  # a CPU tensor: goes through gloo, so the device is not waited for
+            return list(values)
+        votes = torch.tensor(values, dtype=torch.float64)  # on the CPU, so by gloo: the device is not waited for
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-        return bool(votes)
+        return votes.tolist()
 
     def gather(self, x: Tensor) -> Tensor:
         """`x` of every rank (equal shapes) concatenated along dimension 0, in order of rank."""

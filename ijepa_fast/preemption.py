@@ -6,15 +6,20 @@ queue (`requeue`).
 """
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from ijepa_fast.distributed import World
 
 _REQUEUEING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 # Of these a second one of the same kind ends the process. Not of another kind: at Ctrl-C torchrun sends its processes
 # SIGTERM after the terminal's SIGINT, and SLURM sends SIGTERM some time after the warning.
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 PATIENCE_S = 30.0  # for data, once a signal has come: a read from a dead mount never returns
+REACT_S = 2.0  # at most, about, from a signal that came to one rank to the last step of all
 
 T = TypeVar("T")
 
@@ -79,6 +84,30 @@ class StopSignal:
         """After saving and `close`: submitit, if it runs this job, puts it back into the queue on SIGUSR2."""
         if self._last in _REQUEUEING and callable(self._before[signal.SIGUSR2]):
             os.kill(os.getpid(), signal.SIGUSR2)
+
+
+class Vote:
+    """Whether any rank wants to leave. All ask after the same steps, or they would wait for each other forever.
+
+    Asking makes every rank wait for the slowest, on the host. So they ask but once in REACT_S seconds, and once in
+    `most` steps: how many steps that is all of them take from the slowest rank's time for one, which they ask for too.
+    """
+
+    def __init__(self, world: "World", first: int, most: int):
+        self._world, self._most = world, most
+        self._asked, self._at, self._stride = first, time.monotonic(), 1
+
+    def __call__(self, done: int, leave: bool) -> bool:
+        """After step `done`: this rank wants to `leave`. One process has its answer after every step."""
+        if self._world.size == 1:
+            return leave
+        if done < self._asked + self._stride:
+            return False
+        wanted, seconds = self._world.largest(leave, (time.monotonic() - self._at) / self._stride)
+        # At most twice as far as before: the first steps are no measure, while a GPU is still behind its host.
+        self._stride = max(1, min(int(REACT_S / max(seconds, 1e-6)), 2 * self._stride, self._most))
+        self._asked, self._at = done, time.monotonic()
+        return bool(wanted)
 
 
 def _say(text: str) -> None:

@@ -25,7 +25,7 @@ from ijepa_fast.data.bad import Account
 from ijepa_fast.dry_run import dry_run
 from ijepa_fast.flops import peak_flops
 from ijepa_fast.metrics import Bar, Meter
-from ijepa_fast.preemption import NoDataError, StopSignal
+from ijepa_fast.preemption import NoDataError, StopSignal, Vote
 from ijepa_fast.profiling import profiled
 from ijepa_fast.remarks import remarks
 from ijepa_fast.reporting import check_weights, draw, open_log, report_bad, report_extension, run_probe, write_rows
@@ -90,6 +90,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
+    vote = Vote(world, first, most=config.log.every)
 
     with (
         contextlib.closing(StopSignal(checkpoints.last)) as stop,
@@ -118,7 +119,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
             bar.advance(done)
 
             end = done == total
-            leave = world.any(stop.requested or checkpoints.failed) or end
+            leave = vote(done, stop.requested or checkpoints.failed) or end
             save_now = leave or done % save_every == 0
             probe_now = run.probe is not None and (end or done % probe_every == 0)
             if save_now or probe_now or done % config.log.every == 0:

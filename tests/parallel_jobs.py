@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ijepa_fast import distributed, model, parallel, step
+from ijepa_fast import distributed, model, parallel, preemption, step
 from ijepa_fast import evaluate as evaluation
 from ijepa_fast import train as driver
 from ijepa_fast.config import load_config
@@ -88,8 +88,8 @@ def exit_on_rank_0(argv: list[str]) -> int:
     return code
 
 
-def train_until(argv: list[str], number: int) -> int:
-    """A SIGTERM comes to the last rank in the middle of that step."""
+def train_until(argv: list[str], number: int, at_once: bool = True) -> int:
+    """A SIGTERM comes to the last rank in the middle of that step; `at_once`: the ranks ask each other after each."""
     update = driver.update
 
     def update_under_signal(run: Run, at: int, batches: Iterator[Batch]) -> Any:
@@ -99,7 +99,26 @@ def train_until(argv: list[str], number: int) -> int:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "update", update_under_signal)
+        if at_once:
+            patch.setattr(preemption, "REACT_S", 0.0)
         return train(argv)
+
+
+def vote(paces: list[float], wanted: int, most: int) -> tuple[list[int], int]:
+    """The steps after which this rank asked, and that after which it left; rank 1 wants to leave from `wanted` on.
+
+    A step takes rank r `paces[r]` seconds, by a clock of its own.
+    """
+    asked, now, largest = [], 0.0, distributed.World.largest
+    with pytest.MonkeyPatch.context() as patch, distributed.join_replicas(1) as world:
+        patch.setattr(preemption.time, "monotonic", lambda: now)
+        patch.setattr(distributed.World, "largest", lambda *some: asked.append(done) or largest(*some))
+        ask = preemption.Vote(world, 0, most)
+        for done in range(1, 1000):
+            now += paces[world.rank]
+            if ask(done, world.rank == 1 and done >= wanted):
+                return asked, done
+    raise AssertionError("nobody left")
 
 
 def train_compiled(argv: list[str]) -> tuple[int, int]:

@@ -209,6 +209,32 @@ def test_from_one_process_to_shards_to_replicas_and_back(run, words, ranks, tmp_
     assert_same(folder, run(1, "single"))
 
 
+@pytest.mark.parametrize(
+    ("paces", "most", "stride"),
+    [([0.1, 0.2], 50, 10), ([0.01, 0.02], 20, 20), ([5.0, 0.1], 50, 1)],
+    ids=["by_the_slowest", "by_the_log", "after_each"],
+)
+def test_ranks_ask_each_other_at_the_same_steps(paces, most, stride, ranks):
+    """Twice as far each time, up to what takes the slowest rank two seconds, and no further than the log's steps."""
+    one, other = (left.result for left in ranks.run(2, jobs.vote, paces, 100, most))
+    assert one == other
+    asked, left = one
+    gaps = [b - a for a, b in zip([0, *asked], asked, strict=False)]
+    assert gaps[:3] == ([1, 1, 1] if stride == 1 else [1, 2, 4])
+    assert max(gaps) == gaps[-1] == stride
+    assert 100 <= left < 100 + stride
+
+
+def test_a_signal_to_one_rank_ends_all_within_the_steps_of_the_log(run, words, ranks, tmp_path):
+    folder, more = tmp_path / "run", ("parallel.strategy=ddp",)
+    for left in ranks.run(2, jobs.train_until, words(folder, *more), 8, False):
+        assert left.result == 0, left.err
+    assert 8 <= int(max((folder / "checkpoints").iterdir()).name.removeprefix("step_")) < 8 + 5
+    for left in ranks.run(2, jobs.train, words(folder, *more, "--resume")):
+        assert left.result == 0, left.err
+    assert_identical(folder, run(2, "ddp"))
+
+
 # --- shards -----------------------------------------------------------------------------------------------------------
 
 
