@@ -48,7 +48,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
-        about |= {"cuda": torch.version.cuda, "clocks": gpu_clocks(), "l2_bytes": l2_bytes(device)}
+        about |= {"cuda": torch.version.cuda, "capability": list(torch.cuda.get_device_capability(device))}
+        about |= {"clocks": gpu_clocks(), "l2_bytes": l2_bytes(device)}
     else:
         about |= {"simd": torch.backends.cpu.get_cpu_capability(), "mhz": _cpu_mhz()}
     return about

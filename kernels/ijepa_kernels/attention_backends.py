@@ -19,12 +19,18 @@ from . import attention_triton
 from .compat import assume_constant_result
 from .dispatch import HAS_TRITON, INTERPRETED, MODES, WANTED
 
-# Where our kernel was measured to be faster than every usable library: (head_dim, dtype, sm major). Elsewhere `auto`
-# takes it only where no library before it in the order can be used. NVIDIA H100 80GB HBM3, 2026-11-26, against
-# torch.nn.attention.varlen, the only library there: contexts and predictor sequences, forward and backward together,
-# 1.4 to 2.9 times as fast (bench/results/nvidia-h100-80gb-hbm3 and its sweeps/attention_tiles.json). Whole images
-# without gradients: see `takes_one_call`.
-MEASURED_FASTER = frozenset((head_dim, torch.bfloat16, 9) for head_dim in (24, 32, 64, 80, 88))
+# Where our kernel was measured to be faster than every usable library, forward and backward together, at the lengths of
+# contexts and predictor sequences: (head_dim, dtype, sm major). Elsewhere `auto` takes it only where no library before
+# it in the order can be used. Whole images without gradients: see `takes_one_call`. Not by hand: written by
+# `python bench/attention_choice.py --write` from the records in bench/results.
+MEASURED_FASTER = frozenset(
+    (head_dim, torch.bfloat16, major)
+    for major, head_dims in (  # major compute capability
+        # NVIDIA H100 80GB HBM3, 2026-11-26, beside torch_varlen: 1.4 to 2.9 times as fast
+        (9, (24, 32, 64, 80, 88)),
+    )
+    for head_dim in head_dims
+)
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
