@@ -87,15 +87,14 @@ def count_update(counter: Counter) -> Callable[..., None]:
 
     def step(optimizer: AdamWEMA, *_: Any, **__: Any) -> None:
         counter.part, moved, kinds = "update", 0, set()
-        for i, group in enumerate(optimizer.param_groups):
+        for group in optimizer.param_groups:
             for p in group["params"]:
                 target = optimizer.targets.get(p)
                 low = [optimizer.copies[x] for x in (p, target) if x in optimizer.copies]
                 moved += 7 * nbytes(p) + (0 if target is None else 2 * nbytes(target)) + sum(map(nbytes, low))
-                kinds.add((i, target is None, len(low)))
-        steps = [torch.empty((), device=META) for group in optimizer.param_groups for p in group["params"]]
-        counter.add("optimizer", Tally(other_bytes=moved, launches=len(kinds) + 1))  # and the addresses of gradients
-        torch._foreach_add_(steps, 1)
+                kinds.add((target is None, len(low)))
+        # The kernel that begins the update, and two small copies: rates, and addresses of gradients.
+        counter.add("optimizer", Tally(other_bytes=moved, launches=len(kinds) + 3))
 
     return step
 

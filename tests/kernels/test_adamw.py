@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from ijepa_kernels import AdamWEMA, adamw
+from ijepa_kernels import AdamWEMA, adamw_tables
 from op_proofs import forbidden_sync, store_error
 
 B, F = torch.bfloat16, torch.float32
@@ -152,6 +152,9 @@ def test_its_state_goes_to_adamw_and_back(device):
     for tensors, opt in ((ws, optimizer), (plain_ws, plain), (again_ws, again)):
         set_gradients(tensors, 3)
         opt.step()
+    for opt in (optimizer, plain, again):  # each weight has a number of its own, whatever memory it lies in
+        assert [float(state["step"]) for state in opt.state.values()] == [4.0] * 4
+        assert {(state["step"].shape, state["step"].dtype) for state in opt.state.values()} == {(torch.Size(), F)}
     for a, b, c in zip(ws, plain_ws, again_ws, strict=True):
         assert torch.equal(a, c)  # resumed as if it had never stopped
         torch.testing.assert_close(a, b, rtol=0, atol=STEP)
@@ -194,14 +197,18 @@ def test_no_wait_for_the_device():
         set_gradients(ws, step)
         if step == 0:
             optimizer.step(momentum=0.5)  # makes its tables
+    finite, scale = torch.ones((), device="cuda"), torch.ones((), device="cuda")
     with forbidden_sync():
         optimizer.step(momentum=0.5)
+        optimizer.step(momentum=0.5, finite=finite, grad_scale=scale)
 
 
 def test_the_table_is_made_once(kernel_device, monkeypatch):
-    made, make = [], AdamWEMA._make_plan
-    monkeypatch.setattr(AdamWEMA, "_make_plan", lambda *args: made.append(1) or make(*args))
+    made, make = [], AdamWEMA._make_tables
+    monkeypatch.setattr(AdamWEMA, "_make_tables", lambda *args: made.append(1) or make(*args))
     optimizer, *_ = run(kernel_device, 3)
     assert made == [1]
-    assert len(optimizer._launches[1]) == 3  # two groups; with and without a target; the empty weight has no program
-    assert optimizer._launches[1][0].table.shape[1] == adamw.FIELDS
+    launches = optimizer._tables.launches
+    assert [len(launch.table) for launch in launches] == [4, 1]  # with a target, without; none for the empty weight
+    assert launches[0].table.shape[1] == adamw_tables.FIELDS
+    assert launches[0].table[:, 9].tolist() == [0, 0, 0, 1]  # both groups in one launch
