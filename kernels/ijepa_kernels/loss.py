@@ -149,10 +149,13 @@ def _loss_fwd_kernel(
     KIND: tl.constexpr,
     NORMALIZE: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
-    PADDED: tl.constexpr,  # whether rows past the last sequence are padding
+    PADDED: tl.constexpr,  # whether rows past the last sequence are padding, of which nothing is written
 ):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    inside = token < num_tokens
+    if PADDED:
+        inside = token < tl.load(cu_seqlens_ptr + num_sequences)
+    else:
+        inside = token < num_tokens
     searched = tl.minimum(token, num_tokens - 1)
     index = tl.load(indices_ptr + token, mask=inside, other=0).to(tl.int64)
     token = token.to(tl.int64)
@@ -178,9 +181,6 @@ def _loss_fwd_kernel(
     else:  # a nan passes both comparisons and stays one
         c = tl.where(d > beta, beta, tl.where(d < -beta, -beta, d))
         loss = c * (d - 0.5 * c)
-    if PADDED:
-        counts = (token < tl.load(cu_seqlens_ptr + num_sequences))[:, None]
-        loss, c = tl.where(counts, loss, 0.0), tl.where(counts, c, 0.0)
     if divisor_ptr is not None:
         scale = 1 / tl.load(divisor_ptr)
         loss_scale *= scale
@@ -315,6 +315,10 @@ def _forward(
         return pred.new_zeros((), dtype=torch.float32), _new_gradient(pred) if with_gradient else empty
     gradient = _new_gradient(pred) if with_gradient else None
     partial = pred.new_empty(pred.shape[0], dtype=torch.float32)
+    if padded:
+        partial.zero_()
+        if gradient is not None:
+            gradient.zero_()
     by = _denominator(pred, denominator)
     _launch_forward(pred, target, packed, kind, beta, normalize, eps, by, gradient, partial, divisor, padded)
     return partial.sum(), gradient if with_gradient else empty

@@ -13,6 +13,8 @@ Sums over rows take two stages, programs of rows, then their partial sums: no at
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -193,7 +195,7 @@ def shipped() -> list[Shipped]:
         tile = dict(DIM=dim, BLOCK=block, ROWS=tile_rows)
         statistics = dict(mean_ptr="fp32", rstd_ptr="fp32", weight_ptr="fp32")
         types = dict(x_ptr=stream, bias_ptr="fp32", normed_ptr="bf16", eps="fp32") | statistics
-        absent = {"scale_ptr": None}
+        absent: dict[str, Any] = {"scale_ptr": None, "EXACT": False}
         for name, dtype, there in (
             ("branch_ptr", "bf16", branch),
             ("new_ptr", stream, branch),
