@@ -190,7 +190,8 @@ def markdown(records: list[dict[str, Any]]) -> str:
         "",
         "Counted without one by `python bench/traffic.py`, over one update of one micro-batch, eager, in bf16: see "
         "bench/harness/traffic.py for what counts. Not a measurement. *Predicted*: the sum of each operator's least "
-        "time, its bytes at 3.0 TB/s or its FLOPs at 798 TFLOP/s, an H100's measured ceilings; launches are not in it.",
+        "time, its bytes at 3.0 TB/s or its FLOPs at 798 TFLOP/s (1,150 of e4m3), an H100's measured ceilings; "
+        "launches are not in it.",
         "",
         "| model | images | record | commit | GB outside products and attention | launches | weight casts | host syncs "
         "| TFLOP | predicted ms |",
@@ -232,7 +233,8 @@ def main(argv: list[str] | None = None) -> None:
         args.record.parent.mkdir(parents=True, exist_ok=True)
         args.record.write_text(json.dumps({**about, "models": models}, indent=1) + "\n")
     if args.markdown is not None:
-        records = [json.loads(path.read_text()) for path in sorted(args.markdown.with_suffix("").glob("*.json"))]
+        files = sorted(args.markdown.with_suffix("").glob("*.json"), key=lambda path: int(path.stem.partition("_")[0]))
+        records = [json.loads(path.read_text()) for path in files]
         args.markdown.write_text(markdown(records))
 
 

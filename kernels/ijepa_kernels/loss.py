@@ -152,10 +152,7 @@ def _loss_fwd_kernel(
     PADDED: tl.constexpr,  # whether rows past the last sequence are padding, of which nothing is written
 ):
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    if PADDED:
-        inside = token < tl.load(cu_seqlens_ptr + num_sequences)
-    else:
-        inside = token < num_tokens
+    inside = token < tl.load(cu_seqlens_ptr + num_sequences) if PADDED else token < num_tokens
     searched = tl.minimum(token, num_tokens - 1)
     index = tl.load(indices_ptr + token, mask=inside, other=0).to(tl.int64)
     token = token.to(tl.int64)
