@@ -23,6 +23,7 @@ SUITES = {
     "inputs": "Ops that make a transformer's input",
     "ops": "Ops on its output and weights",
     "fused": "Inside its blocks, and the optimizer",
+    "fp8": "The target encoder in e4m3",
     "attention": "Attention",
     "masks": "Masks",
     "data": "Data",
