@@ -40,7 +40,7 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "hf": ["transformers>=5.17"],
         "timm": ["timm>=1.0.31"],  # brings torchvision, which the tests do without: see the Makefile
-        "jpeg": ["simplejpeg"],  # strict decoding, for `python -m ijepa_fast.data.index --verify`
+        "jpeg": ["simplejpeg"],  # data.decoder=turbo, and strict decoding: `python -m ijepa_fast.data.index --verify`
         "slurm": ["submitit"],
         "parquet": ["pyarrow"],
         "remote": ["fsspec", "s3fs", "gcsfs", "huggingface_hub"],  # data.root=s3://, gs://, hf://, ...
@@ -49,7 +49,7 @@ setup(
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
         "dev": [
             "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",
-            "transformers>=5.17", "pyarrow",
+            "transformers>=5.17", "pyarrow", "simplejpeg",
         ],
     },
 )

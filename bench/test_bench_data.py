@@ -4,6 +4,7 @@ The photographs are JPEGs of three sizes; 500 x 375 is ImageNet's usual one. All
 on a GPU.
 """
 import functools
+import importlib
 import io
 import itertools
 import time
@@ -57,6 +58,14 @@ def check_pixels(pixels: torch.Tensor, expected: torch.Tensor) -> None:
     assert difference <= 1, f"a pixel differs from Pillow's by {difference} levels"
 
 
+def need(decoder: str) -> None:
+    if (library := {"dali": "nvidia.dali", "turbo": "simplejpeg"}.get(decoder)) is not None:
+        try:
+            importlib.import_module(library)
+        except ImportError:
+            raise NotRun(f"{library} is not installed") from None
+
+
 def decode_case(size: str, threads: int, device: torch.device) -> Case:
     encoded = encode_photographs(size)
     encoded *= IMAGES[size] // len(encoded)
@@ -69,11 +78,7 @@ def decode_case(size: str, threads: int, device: torch.device) -> Case:
 
     def decoder(name: str, where: torch.device):
         def make():
-            if name == "dali":
-                try:
-                    import nvidia.dali  # noqa: F401
-                except ImportError:
-                    raise NotRun("DALI is not installed") from None
+            need(name)
             if where.type != device.type and where.type == "cuda":
                 raise NotRun("GPU only")
             built = build_decoder(name, threads, where)
@@ -90,6 +95,7 @@ def decode_case(size: str, threads: int, device: torch.device) -> Case:
     return Case(
         {
             "pillow": decoder("pillow", cpu),
+            "turbo": decoder("turbo", cpu),
             "dali": decoder("dali", cpu),
             "dali_gpu": decoder("dali", torch.device("cuda")),
             "straight": Variant(one_by_one),
@@ -103,7 +109,7 @@ def decode_case(size: str, threads: int, device: torch.device) -> Case:
     )
 
 
-@pytest.mark.parametrize("provider", ["pillow", "dali", "dali_gpu", "straight"])
+@pytest.mark.parametrize("provider", ["pillow", "turbo", "dali", "dali_gpu", "straight"])
 @pytest.mark.parametrize("threads", [pytest.param(n, id=f"{n}threads") for n in THREADS])
 @pytest.mark.parametrize("size", ["160x213", pytest.param("500x375", marks=QUICK), "1600x1200"])
 def test_bench_decode(bench, size, threads, provider):
@@ -136,6 +142,7 @@ def loader_case(size: str, folder: Path) -> Case:
         return call
 
     def ours(decoder: str):
+        need(decoder)
         settings = DataConfig(root=folder, image_size=SIZE, crop_scale=SCALE, decoder=decoder, threads=WORKERS)
         pipeline = build_pipeline(settings, masks, micro_batch=LOADED, index=index)
 
@@ -164,7 +171,8 @@ def loader_case(size: str, folder: Path) -> Case:
 
         return info
 
-    decoders, dtypes = {"ours": "pillow", "scaled": "scaled"}, {"workers": torch.uint8, "released": torch.float32}
+    decoders = {"ours": "pillow", "scaled": "scaled", "turbo": "turbo"}
+    dtypes = {"workers": torch.uint8, "released": torch.float32}
     return Case(
         {name: Variant(functools.partial(ours, decoder), info=note(decoder)) for name, decoder in decoders.items()}
         | {name: Variant(functools.partial(workers, dtype), info=note(str(dtype))) for name, dtype in dtypes.items()},
@@ -186,7 +194,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 @QUICK
-@pytest.mark.parametrize("provider", ["ours", "scaled", "workers", "released"])
+@pytest.mark.parametrize("provider", ["ours", "scaled", "turbo", "workers", "released"])
 @pytest.mark.parametrize("size", ["500x375"])
 def test_bench_loader(bench, tmp_path, size, provider):
     bench(lambda: loader_case(size, tmp_path))

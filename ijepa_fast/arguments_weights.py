@@ -83,7 +83,7 @@ def evaluate(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--seed", type=int, default=0, help="of what is held out, and of orders (default: 0)")
     how.add_argument("--batch", type=int, default=64, help="images an encoder sees at once (default: 64)")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads of a process (default: all cores)")
-    how.add_argument("--decoder", choices=("auto", "pillow", "dali"), default="auto")
+    how.add_argument("--decoder", choices=("auto", "pillow", "turbo", "dali"), default="auto")
     how.add_argument("--cache", type=Path, metavar="FOLDER",
                      help="of features (default: $XDG_CACHE_HOME/ijepa_fast/features)")  # fmt: skip
     how.add_argument("--no-cache", action="store_true", help="keep no features")

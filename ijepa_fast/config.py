@@ -123,7 +123,7 @@ class DataConfig(Section):
     probe_root: Root | None = None  # a labelled folder for the probes; left out: `root`, where it has classes
     image_size: Pixels = 224
     crop_scale: Range = (0.3, 1.0)  # area of the random resized crop
-    decoder: Literal["auto", "dali", "pillow", "scaled"] = "auto"  # see data.decoder; tune measures them
+    decoder: Literal["auto", "dali", "pillow", "scaled", "turbo"] = "auto"  # see data.decoder; tune measures them
     threads: Threads = 8  # that read and decode; has no influence on what a run computes
     # full: a permutation of all images. shards: of blocks of neighbours, shuffled within windows, for slow storage
     shuffle: Literal["full", "shards"] = "full"

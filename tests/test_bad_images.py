@@ -1,5 +1,6 @@
 """A tree of odd and damaged files: every batch comes whole and in order, with an exact account of what was replaced."""
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import odd_images
 import pytest
 import torch
+from decoders import LIBRARIES, need
 from safetensors.torch import load_file
 
 from ijepa_fast.config import DataConfig, MaskConfig
@@ -104,9 +106,10 @@ def test_two_epochs_are_whole_and_in_order_with_an_exact_account(corpus, deliver
     assert not [thread for thread in threading.enumerate() if thread.name in ("loader", "reader", "decoder")]
 
 
-def test_decoders_agree_on_which_are_bad(corpus, delivered):
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-    for ours, theirs in zip(delivered, batches_of(corpus, "dali"), strict=True):
+@pytest.mark.parametrize("other", ["turbo", "dali"])
+def test_decoders_agree_on_which_are_bad(corpus, delivered, other):
+    need(other)
+    for ours, theirs in zip(delivered, batches_of(corpus, other), strict=True):
         assert ours.bad == theirs.bad
         assert np.array_equal(ours.ids, theirs.ids)
         # One level between the decoders; at the borders, where DALI repeats the last pixel, more.
@@ -134,12 +137,11 @@ def test_nothing_unprefixed_is_printed(tmp_path):
         for decoder in sys.argv[2:]:
             t.batches_of(index, decoder)
     """
-    try:
-        import nvidia.dali  # noqa: F401
-
-        decoders = ["pillow", "dali"]
-    except ImportError:
-        decoders = ["pillow"]
+    decoders = ["pillow"]
+    for decoder, library in LIBRARIES.items():
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+            decoders.append(decoder)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run([sys.executable, "-c", script, tmp_path, *decoders], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": path}, timeout=300)  # fmt: skip

@@ -13,6 +13,7 @@ from collections import Counter
 import numpy as np
 import odd_images
 import pytest
+from decoders import need
 
 from ijepa_fast.cli import command
 from ijepa_fast.config import DataConfig
@@ -179,8 +180,19 @@ def test_members_of_tars_and_images_in_another_s_place_have_their_names(tmp_path
     assert taken.raised == 3  # 2.jpg stands in for 1.jpg too
 
 
+def test_turbo_names_the_image_once(shown):
+    need("turbo")
+    images = [damaged(3), odd_images.encode(odd_images.photo(), "JPEG"), damaged(5)]
+    with contextlib.closing(build_decoder("turbo", 2)) as decoder, batch("photo {}".format):
+        decoder.decode(images, BOX.repeat(3, 0), SIZE)
+    taken = take()
+    assert sorted(taken.new) == [("photo 0", words(3)), ("photo 2", words(5))]
+    assert taken.raised == 2
+    assert shown == []
+
+
 def test_dali_leaves_names_with_the_images_that_pillow_decodes():
-    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    need("dali")
     sound = dict(odd_images.sound())
     images = [sound["jpeg.jpg"], sound["png.png"], sound["palette with transparency.png"]]
     with contextlib.closing(build_decoder("dali", 1)) as decoder, batch("photo {}".format):

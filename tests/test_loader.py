@@ -12,6 +12,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
+from decoders import DECODERS, need
 from PIL import Image
 
 from ijepa_fast.config import DataConfig, MaskConfig
@@ -101,10 +102,9 @@ def test_a_batch_is_what_its_parts_give(make_loader, index):
         same(batch, batch._replace(masks=masks.sample(batch.step, start, start + len(ids))))
 
 
-@pytest.mark.parametrize("kind", ["pillow", "dali"])
+@pytest.mark.parametrize("kind", DECODERS)
 def test_threads_prefetch_and_start_have_no_influence(make_loader, kind):
-    if kind == "dali":
-        pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    need(kind)
     expected = list(make_loader(decoder=build_decoder(kind, 1), threads=1, prefetch=1).batches(0, 6))
     other = make_loader(decoder=build_decoder(kind, 3), threads=3, prefetch=5)
     for first in (0, 3):  # step 3 lies in the second epoch

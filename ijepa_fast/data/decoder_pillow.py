@@ -54,7 +54,7 @@ class PillowDecoder:
         def decode_one(position: int) -> str | None:
             try:
                 with library_warnings.about(functools.partial(name, position)):
-                    pixels[position] = np.asarray(self._crop(encoded[position], boxes[position].tolist(), size))
+                    self._crop(encoded[position], boxes[position].tolist(), pixels[position])
             except Exception as error:  # Pillow's plugins raise whatever damaged data leads them to
                 pixels[position] = 0
                 return " ".join(str(error).split()) or type(error).__name__
@@ -68,11 +68,16 @@ class PillowDecoder:
         self._pool.shutdown(cancel_futures=True)
 
 
-def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
-    """The pixels of `box` (left, top, width, height), resized to `size` x `size` RGB."""
+def check_box(image: Image.Image, box: list[int]) -> None:
     left, top, width, height = box
     if left < 0 or top < 0 or left + width > image.width or top + height > image.height:
         raise ValueError(f"its {image.width} x {image.height} pixels do not hold the box {box}")
+
+
+def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
+    """The pixels of `box` (left, top, width, height), resized to `size` x `size` RGB."""
+    check_box(image, box)
+    left, top, width, height = box
     # Converting is pixel by pixel, so it may come after the crop, where there is less to convert.
     cropped = image.crop((left, top, left + width, top + height))
     if cropped.mode.startswith("I"):  # 16 bits, also from a PGM, whose mode is I: convert() would clip at 255
@@ -81,22 +86,22 @@ def crop(image: Image.Image, box: list[int], size: int) -> Image.Image:
     return cropped.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def _crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
+def _crop(encoded: bytes, box: list[int], out: np.ndarray) -> None:
     with open_image(io.BytesIO(encoded), math.inf) as image:
-        return crop(image, box, size)
+        out[:] = np.asarray(crop(image, box, len(out)))
 
 
-def _scaled_crop(encoded: bytes, box: list[int], size: int) -> Image.Image:
+def _scaled_crop(encoded: bytes, box: list[int], out: np.ndarray) -> None:
     """As `_crop`, from fewer DCT coefficients: libjpeg then computes 4 x 4, 2 x 2 or 1 x 1 pixels of each 8 x 8."""
+    size = len(out)
     left, top, width, height = box
     with open_image(io.BytesIO(encoded), math.inf) as image:
         factor = next((factor for factor in (8, 4, 2) if min(width, height) >= factor * size), 1)
         if factor == 1 or image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
-            return crop(image, box, size)
-        whole = image.size
-        if left < 0 or top < 0 or left + width > whole[0] or top + height > whole[1]:
-            raise ValueError(f"its {whole[0]} x {whole[1]} pixels do not hold the box {box}")
-        image.draft(image.mode, (whole[0] // factor, whole[1] // factor))
+            out[:] = np.asarray(crop(image, box, size))
+            return
+        check_box(image, box)
+        image.draft(image.mode, (image.width // factor, image.height // factor))
         # A pixel is `factor` of the stored ones, also the last, of which the image may hold only a part.
         part = left / factor, top / factor, (left + width) / factor, (top + height) / factor
-        return image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=part)
+        out[:] = np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BILINEAR, box=part))
