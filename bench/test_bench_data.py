@@ -119,6 +119,8 @@ def test_bench_decode(bench, size, threads, provider):
 def loader_case(size: str, folder: Path) -> Case:
     """`PASS` JPEGs of 110 kB as batches: by our loader, masks and all, and by workers' processes.
 
+    Of our loader, "ours" has the decoder that `auto` takes on a CPU, which is Pillow.
+
     A sample is a whole pass, which begins with nothing prepared and ends with nothing left over. Beside the time by the
     clock it takes the CPU time of this process and of all workers, which others on the machine have no part in.
     """
@@ -141,7 +143,7 @@ def loader_case(size: str, folder: Path) -> Case:
 
         return call
 
-    def ours(decoder: str):
+    def ours(name: str, decoder: str):
         need(decoder)
         settings = DataConfig(root=folder, image_size=SIZE, crop_scale=SCALE, decoder=decoder, threads=WORKERS)
         pipeline = build_pipeline(settings, masks, micro_batch=LOADED, index=index)
@@ -149,15 +151,15 @@ def loader_case(size: str, folder: Path) -> Case:
         def one_pass() -> torch.Tensor:
             return [batch.images for batch in pipeline.loader.batches(0, PASS // LOADED)][-1]
 
-        return timed(decoder, one_pass)
+        return timed(name, one_pass)
 
-    def workers(dtype: torch.dtype):
+    def workers(name: str, dtype: torch.dtype):
         heap.enter("returned")  # the workers inherit it
         loader = build_workers([Path(index.path(i)) for i in ids], boxes, SIZE, dtype, LOADED, WORKERS)
         next(iter(loader))
         heap.enter("kept")
         pids = [worker.pid for worker in loader._iterator._workers]
-        return timed(str(dtype), lambda: list(loader)[-1], pids)
+        return timed(name, lambda: list(loader)[-1], pids)
 
     pillow = PillowDecoder(1)
     expected = pillow.decode([encoded[i % TEXTURES] for i in ids[-LOADED:]], boxes[-LOADED:], SIZE).int()
@@ -174,8 +176,8 @@ def loader_case(size: str, folder: Path) -> Case:
     decoders = {"ours": "pillow", "scaled": "scaled", "turbo": "turbo"}
     dtypes = {"workers": torch.uint8, "released": torch.float32}
     return Case(
-        {name: Variant(functools.partial(ours, decoder), info=note(decoder)) for name, decoder in decoders.items()}
-        | {name: Variant(functools.partial(workers, dtype), info=note(str(dtype))) for name, dtype in dtypes.items()},
+        {name: Variant(functools.partial(ours, name, decoder), info=note(name)) for name, decoder in decoders.items()}
+        | {name: Variant(functools.partial(workers, name, dtype), info=note(name)) for name, dtype in dtypes.items()},
         {"images": PASS, "batch": LOADED, "workers": WORKERS, "bytes": len(encoded[0])},
         torch.uint8,
         lambda pixels: check_pixels(pixels, expected),
