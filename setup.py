@@ -29,6 +29,7 @@ setup(
         "pydantic>=2.12",
         "pyyaml",
         "pillow",
+        "simplejpeg",  # decodes at 1.5 times the speed of Pillow, and strictly
         "rich",
         "matplotlib",
         "tensorboard",
@@ -40,7 +41,6 @@ setup(
         "xformers": ["xformers>=0.0.35"],
         "hf": ["transformers>=5.17"],
         "timm": ["timm>=1.0.31"],  # brings torchvision, which the tests do without: see the Makefile
-        "jpeg": ["simplejpeg"],  # data.decoder=turbo, and strict decoding: `python -m ijepa_fast.data.index --verify`
         "slurm": ["submitit"],
         "parquet": ["pyarrow"],
         "remote": ["fsspec", "s3fs", "gcsfs", "huggingface_hub"],  # data.root=s3://, gs://, hf://, ...
@@ -49,7 +49,7 @@ setup(
         "demo": ["scikit-image", "scikit-learn"],  # for the photographs they ship
         "dev": [
             "pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "submitit",
-            "transformers>=5.17", "pyarrow", "simplejpeg",
+            "transformers>=5.17", "pyarrow",
         ],
     },
 )

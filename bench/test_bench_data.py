@@ -59,11 +59,11 @@ def check_pixels(pixels: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def need(decoder: str) -> None:
-    if (library := {"dali": "nvidia.dali", "turbo": "simplejpeg"}.get(decoder)) is not None:
+    if decoder == "dali":
         try:
-            importlib.import_module(library)
+            importlib.import_module("nvidia.dali")
         except ImportError:
-            raise NotRun(f"{library} is not installed") from None
+            raise NotRun("nvidia.dali is not installed") from None
 
 
 def decode_case(size: str, threads: int, device: torch.device) -> Case:

@@ -2,7 +2,7 @@
 import pytest
 
 DECODERS = ["pillow", "turbo", "dali"]
-LIBRARIES = {"turbo": "simplejpeg", "dali": "nvidia.dali"}
+LIBRARIES = {"dali": "nvidia.dali"}
 
 
 def need(decoder: str) -> None:

@@ -6,6 +6,7 @@ import torch
 from test_model import small_encoder
 from torch import nn
 
+from ijepa_fast import fp8
 from ijepa_fast.errors import UserError
 from ijepa_fast.fp8 import QuantizedWeights, check_fp8, use_fp8
 from ijepa_fast.model import VisionTransformer, keep_copies
@@ -35,6 +36,7 @@ def test_features_move_by_what_four_bits_explain():
         for block in encoder.blocks:
             for part in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
                 part.weight.mul_(5)  # as drawn, they add little to the stream
+                part.bias.copy_(torch.linspace(-1, 1, len(part.bias)))
     want = plain(IMAGES)
     assert relative(rounded(IMAGES), want) < 0.5 * relative(low(IMAGES), want) < 0.05
 
@@ -49,13 +51,18 @@ def test_kept_weights_are_those_rounded_at_every_call(dtype):
 
 
 @torch.no_grad()
-def test_a_changed_weight_is_rounded_again_into_its_place():
+def test_a_changed_weight_is_rounded_again_into_its_place(monkeypatch):
+    rounded, quantize = [], fp8.quantize_rows
+    monkeypatch.setattr(fp8, "quantize_rows", lambda x, out: rounded.append(1) or quantize(x, out))
     encoder = quantised()
     before = encoder(IMAGES)
+    assert torch.equal(encoder(IMAGES), before)
+    assert len(rounded) == 6  # three weights of each block, once
     weight = encoder.blocks[1].mlp.fc2.weight
     held = encoder.blocks[1].mlp.fc2.quantized.values.data_ptr()
     weight.mul_(1.5)
     changed = encoder(IMAGES)
+    assert len(rounded) == 7
     assert not torch.equal(changed, before)
     assert encoder.blocks[1].mlp.fc2.quantized.values.data_ptr() == held
     fresh = quantised()

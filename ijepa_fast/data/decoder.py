@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ijepa_fast.data.decoder_pillow import PillowDecoder
+from ijepa_fast.data.decoder_turbo import TurboDecoder
 from ijepa_fast.errors import UserError
 
 
@@ -32,10 +33,17 @@ class Decoder(Protocol):
         """Stop the decoder's threads."""
 
 
+def resizes_fast() -> bool:
+    """Whether torch's resize has vector instructions on this CPU; without, it is slower than Pillow's."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
 def build_decoder(
     name: Literal["auto", "dali", "pillow", "scaled", "turbo"], threads: int, device: torch.device | str = "cpu"
 ) -> Decoder:
-    """The decoder `name` for training on `device`. "auto": DALI for CUDA where it is installed, else Pillow.
+    """The decoder `name` for training on `device`.
+
+    "auto" is DALI for CUDA where that is installed, else turbo where the CPU has AVX2, else Pillow.
 
     DALI on a CPU is no general gain, and its import takes a second. Median ms an image at 224 px, one thread of an
     AVX-512 Xeon, Pillow / DALI (bench/test_bench_data.py): 1.2 / 1.1 for JPEGs of 160 x 213, 2.3 / 3.0 for 500 x 375,
@@ -47,22 +55,14 @@ def build_decoder(
 
     "turbo" is simplejpeg and torch's resize, on the CPU: 0.05 levels from Pillow at most on average, and 1 anywhere.
     CPU ms an image, Pillow / turbo, one thread of an EPYC with AVX-512: 0.6 / 0.25, 1.2 / 0.7 and 6.7 / 4.2 for those
-    sizes, 1.6 / 1.1 for 500 x 375 in 110 kB. Without AVX2 torch's resize is slower than Pillow's. It is not `auto`, for
-    a run's pixels should not depend on whether a small library is installed.
+    sizes, 1.6 / 1.1 for 500 x 375 in 110 kB.
 
     `python -m ijepa_fast.data.tune CONFIG` measures all of them on given images.
     """
     cuda = torch.device(device).type == "cuda"
     if name == "scaled":
         return PillowDecoder(threads, scaled=True)
-    if name == "turbo":
-        try:
-            from ijepa_fast.data.decoder_turbo import TurboDecoder  # here: its library may not be installed
-        except ImportError as error:
-            raise UserError(
-                f"data.decoder is turbo, but its import fails ({error}): "
-                f"install simplejpeg (the extra `jpeg`), or set data.decoder=pillow"
-            ) from None
+    if name == "turbo" or (name == "auto" and not cuda and resizes_fast()):
         return TurboDecoder(threads)
     if name == "pillow" or (name == "auto" and not cuda):
         return PillowDecoder(threads)
@@ -70,7 +70,7 @@ def build_decoder(
         from ijepa_fast.data.decoder_dali import DaliDecoder  # here: it takes a second, and may not be installed
     except ImportError as error:
         if name == "auto":
-            return PillowDecoder(threads)
+            return build_decoder("auto", threads)
         raise UserError(
             f"data.decoder is dali, but its import fails ({error}): "
             f"install nvidia-dali-cuda130 (the extra `dali`), or set data.decoder=pillow"

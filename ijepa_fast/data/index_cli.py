@@ -1,7 +1,7 @@
 """`python -m ijepa_fast.data.index ROOT... [--verify] [--workers N]`: build indexes, show what they hold, decode all.
 
-What `--verify` finds goes to `bad.jsonl`, an object a line: path (or tar and member), reason. It is strict: with
-`simplejpeg` installed (the extra `jpeg`) it also finds JPEGs with flipped bits, which decoders paint over in silence.
+What `--verify` finds goes to `bad.jsonl`, an object a line: path (or tar and member), reason. It is strict: it also
+finds JPEGs with flipped bits, which decoders paint over in silence.
 """
 import contextlib
 import io
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import simplejpeg
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -155,13 +156,10 @@ def fault_of(data: bytes | ImageError) -> str | None:
     except Exception as error:  # Pillow's plugins raise whatever damaged data leads them to
         return " ".join(str(error).split()) or type(error).__name__
     if data.startswith(b"\xff\xd8"):
-        with contextlib.suppress(ImportError):
-            import simplejpeg
-
-            try:
-                simplejpeg.decode_jpeg(data, strict=True)
-            except ValueError as error:
-                # What libjpeg warns of; not the kinds of JPEG that this library alone cannot convert.
-                if str(error).startswith(("Corrupt", "Premature", "Invalid", "Inconsistent", "Unexpected")):
-                    return str(error)
+        try:
+            simplejpeg.decode_jpeg(data, strict=True)
+        except ValueError as error:
+            # What libjpeg warns of; not the kinds of JPEG that this library alone cannot convert.
+            if str(error).startswith(("Corrupt", "Premature", "Invalid", "Inconsistent", "Unexpected")):
+                return str(error)
     return None

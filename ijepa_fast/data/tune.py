@@ -71,11 +71,7 @@ def measure(
     """(images/s, share of reading) by decoder and threads, and how far each decoder is from Pillow, in grey levels."""
     cores = len(os.sched_getaffinity(0))
     counts = sorted({1, cores, *(1 << i for i in range(cores.bit_length()) if 1 << i <= cores)})
-    names: list[Literal["pillow", "scaled", "turbo", "dali"]] = ["pillow", "scaled"]
-    with contextlib.suppress(ImportError):
-        import simplejpeg  # noqa: F401
-
-        names.append("turbo")
+    names: list[Literal["pillow", "scaled", "turbo", "dali"]] = ["pillow", "scaled", "turbo"]
     with contextlib.suppress(ImportError):
         import nvidia.dali  # noqa: F401
 
