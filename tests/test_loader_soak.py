@@ -27,7 +27,7 @@ def test_a_hundred_thousand_batches(tmp_path):
         (tmp_path / "r").mkdir(exist_ok=True)
         (tmp_path / "r" / f"{n:03}.jpg").write_bytes(data[:-2] if n % (IMAGES // DAMAGED) == 50 else data)
     masks = MultiBlockMasks(MaskConfig(group=1, min_keep=2), 6, 0, 2)
-    settings = DataConfig(root=tmp_path / "r", image_size=16, decoder="pillow", threads=2)
+    settings = DataConfig(root=tmp_path / "r", image_size=16, threads=2)
     index = build_index(settings.root, cache_dir=tmp_path / "cache")
     seen, bad = [], 0
     with build_pipeline(settings, masks, micro_batch=2, index=index) as data:
