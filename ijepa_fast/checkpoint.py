@@ -394,6 +394,9 @@ def _check_shapes(path: Path, tensors: dict[str, Any], held: dict[str, Any]) -> 
                     f"{path} is a checkpoint of another model: its {key} has shape {tuple(held[key].size)}, "
                     f"the config's {tuple(value.shape)}"
                 )
+    known = {f"{section}.{name}" for section, values in tensors.items() for name in values}
+    if left := sorted(held.keys() - known):
+        raise SharedError(f"{path} is a checkpoint of another model: it holds {left[0]}, which the config's has not")
 
 
 def reason(error: BaseException) -> str:

@@ -1,6 +1,5 @@
 """`train --dry-run`: memory and time of two micro-batches and one update on the real data; writes nothing."""
 import contextlib
-import itertools
 import time
 
 import torch
@@ -32,16 +31,22 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
         console.print(f"note: {remark}")
     batches = loader.batches(0, 2)
     set_rates(run.state.optimizer, run.schedule, 0)
-    times = [_now(device)]
+    times = []
     with memory_advice(config.optim.micro_batch):
+        if run.graphed is not None:
+            run.graphed.zero()
         for last in (False, True):
             batch = next(batches)
             for image in batch.bad:
                 console.print(f"bad image {image}")
-            backward(run, batch._replace(last=last), run.loss_denominator(0))
-            times.append(_now(device))
-        run.state.update(run.schedule.momentum(0))
-    first, second, rest = (b - a for a, b in itertools.pairwise([*times, _now(device)]))
+            for _ in range(1 if run.graphed is None else 2):  # a size that is new is captured first
+                begin = _now(device)
+                backward(run, batch._replace(last=last), run.loss_denominator(0))
+                times.append(_now(device) - begin)
+        begin = _now(device)
+        run.state.update(run.schedule.momentum(0), keep_gradients=run.graphed is not None)
+        rest = _now(device) - begin
+    first, second = times[0], times[-1]
     millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (run.state.encoder, run.state.predictor)]
     parts, ipe = loader.micro_batches_per_step, run.schedule.steps_per_epoch
     console.print(f"models       {config.model.name}, {millions[0]:.1f} M parameters; predictor, {millions[1]:.1f} M")
@@ -49,7 +54,7 @@ def dry_run(run: Run, console: Console, *, resume: bool = False, extend: bool = 
     console.print(f"read ahead   at most {READ_AHEAD_BYTES >> 20} MiB of encoded images, or one micro-batch")
     console.print(f"micro-batch  {config.optim.micro_batch} images: {second:.2f} s (the first one {first:.2f} s)")
     console.print(f"update       {rest:.2f} s; a step of {parts} micro-batches about {parts * second + rest:.2f} s")
-    console.print(f"memory       {peak_memory(device) / 2**30:.2f} GiB at the peak")
+    console.print(f"memory       {peak_memory(device, reserved=run.graphed is not None) / 2**30:.2f} GiB at the peak")
     console.print("Dry run: nothing was written.")
 
 

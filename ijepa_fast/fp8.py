@@ -3,6 +3,8 @@
 The target encoder only runs forward, so its products may have inputs of 8 bits without a gradient going through them:
 the norms and GELU before them write e4m3 as it is, and `fp8_linear` multiplies. `attn.proj` stays in the compute dtype:
 attention writes what it reads, a pass more would be needed to round it, and it is a twelfth of a block's products.
+
+Probes of a run look at these features too; `evaluate` and `embed` build encoders of their own, without e4m3.
 """
 from typing import TYPE_CHECKING
 
@@ -49,6 +51,7 @@ class QuantizedWeights:
         self.layers = layers
         self._seen = [-1] * len(layers)  # the counts of changes
 
+    @torch.inference_mode(False)  # a training step may write over them later
     @torch.no_grad()
     def refresh(self) -> None:
         for i, layer in enumerate(self.layers):

@@ -3,6 +3,9 @@
 A small model's kernels take a few milliseconds of a step, and the host tens of them to launch each from Python. A graph
 launches all at once. It computes what was captured, on the same memory: images, padded masks (see `ijepa_fast.padding`)
 and the loss's denominator are copied there first, and gradients are added to tensors that stay where they are.
+
+The price is memory. What a step needs between its forward and its backward is kept for the graphs, and is needed once
+more when a size is met for the first time, which may be hundreds of updates into a run.
 """
 import contextlib
 from collections.abc import Callable
@@ -44,8 +47,6 @@ class GraphedBackward:
         self.kind = kind
         self.parameters = [p for model in (encoder, predictor) for p in model.parameters() if p.requires_grad]
         self.gradients = [torch.zeros_like(p) for p in self.parameters]
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
         self.denominator = torch.ones((), device=self.parameters[0].device)
         self._images: dict[torch.Size, Tensor] = {}
         self._graphs: dict[tuple, _Captured] = {}
@@ -65,11 +66,16 @@ class GraphedBackward:
             self._graphs[key] = self._captured(static, masks.clone())
         graph = self._graphs[key]
         compat.foreach_copy_(graph.masks.tensors(), masks.tensors())
+        graph.masks.covered.copy_(masks.covered)
         graph.replay()
         return graph.loss
 
     def zero(self) -> None:
-        """Begin an update."""
+        """Begin an update: the parameters' gradients are ours from here on, and zero."""
+        # Not before: PyTorch does not load an optimizer's state beside gradients, and says nothing.
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         compat.foreach_zero_(self.gradients)
 
     def _captured(self, images: Tensor, masks: Padded) -> _Captured:
@@ -101,9 +107,12 @@ class CudaCapture:
             # Other threads go on meanwhile: the loader's pins memory.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = function()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             with contextlib.suppress(RuntimeError):  # what is left of the capture
                 torch.cuda.synchronize()
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"train.cuda_graph: the step cannot be captured ({first}); set it to false") from error
+            cause = error.__context__ or error  # the end of a capture that broke has an error of its own
+            what = [*str(cause).strip().splitlines(), type(cause).__name__][0]
+            raise UserError(f"train.cuda_graph: the step cannot be captured ({what}); set it to false") from error
         return result, graph.replay

@@ -22,8 +22,11 @@ def memory_advice(micro_batch: int) -> Iterator[None]:
         ) from None
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the allocator's peak on CUDA, the process's resident peak on a CPU."""
+def peak_memory(device: torch.device, *, reserved: bool = False) -> int:
+    """Bytes: the allocator's peak on CUDA, the process's resident peak on a CPU.
+
+    `reserved`: with what the allocator keeps though no tensor holds it, as for captured graphs.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return (torch.cuda.max_memory_reserved if reserved else torch.cuda.max_memory_allocated)(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -18,6 +18,7 @@ from ijepa_fast.masks import Masks
 # Sizes, from nothing to the most tokens that a batch can have. Half of one of them is wasted in the mean, of the 10 to
 # 15 that contexts mostly have; and each size that occurs is captured once.
 SIZES = 32
+COVERED_SIZES = 16  # of the rows that the target encoder's last block finishes, row 0 again where there are no more
 
 
 class Padded(NamedTuple):
@@ -32,14 +33,14 @@ class Padded(NamedTuple):
     @property
     def size(self) -> tuple[int, ...]:
         """Equal for batches that one graph computes."""
-        return tuple(len(x) for x in self.tensors())
+        return tuple(len(x) for x in (*self.tensors(), self.covered))
 
     def tensors(self) -> list[Tensor]:
-        """All that differs between batches; the lengths of `compared` are the first of `target`."""
-        return [*self.context[:3], *self.target[:3], self.context_of, self.covered, self.compared.indices]
+        """All int32 that differs between batches; the lengths of `compared` are the first of `target`."""
+        return [*self.context[:3], *self.target[:3], self.context_of, self.compared.indices]
 
     def clone(self) -> "Padded":
-        """In memory of its own, where `tensors()` are all that has to be written for another batch of this size."""
+        """In memory of its own, where another batch of this size is to be written: its `tensors()` and `covered`."""
         context, target = (
             Packed(packed.indices.clone(), packed.cu_seqlens.clone(), packed.image.clone(), packed.max_seqlen)
             for packed in (self.context, self.target)
@@ -73,7 +74,8 @@ def pad(masks: Masks, patches: int) -> Padded:
     # As many whatever is missing, and enough for the most.
     fillers = max(-(-step_context // context.max_seqlen), -(-step_target // (uses * target.max_seqlen)))
     filler_of = contexts + torch.arange(fillers, dtype=torch.int32).repeat_interleave(uses)
-    rows = min(len(target.indices) + missing_target, patches)
+    step = -(-patches // COVERED_SIZES)
+    rows = min(-(-len(covered.rows) // step) * step, patches)
     return Padded(
         context=_extend(context, _share(missing_context, fillers)),
         target=_extend(target, _share(missing_target, fillers * uses)),

@@ -106,6 +106,10 @@ def uses_graph(config: Config, world: World) -> bool:
         raise SharedError("train.cuda_graph=true needs a GPU; leave it out")
     if world.strategy != "single":
         raise SharedError(f"train.cuda_graph=true is for one process, not {world.strategy}; leave it out")
+    if config.model.target_dtype == "fp8" and torch.cuda.get_device_capability(world.device) < (9, 0):
+        raise SharedError(
+            "train.cuda_graph=true and model.target_dtype=fp8 need a GPU of compute capability 9.0; leave one out"
+        )  # before it PyTorch 2.11 is said to launch such products on a stream that is not captured (pytorch#177651)
     if config.parallel.compile is True:
         raise SharedError("train.cuda_graph=true and parallel.compile=true exclude each other; leave one out")
     return True

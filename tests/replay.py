@@ -1,6 +1,7 @@
 """What a CUDA graph does, on a CPU: record operators without effect, and run them again on the same memory.
 
-Python between the operators is not run again, and a number that it gave to one stays what it was, as in a graph.
+Python between the operators is not run again, and a number that it gave to one stays what it was, as in a graph. Of
+what no capture allows only reads of the host are noticed: what an op's kernel does inside is not seen.
 """
 from collections.abc import Callable
 

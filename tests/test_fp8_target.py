@@ -70,6 +70,15 @@ def test_a_changed_weight_is_rounded_again_into_its_place(monkeypatch):
     assert torch.equal(fresh(IMAGES), changed)
 
 
+def test_rounded_in_inference_mode_they_are_written_over_later():
+    encoder = quantised()
+    with torch.inference_mode():
+        before = encoder(IMAGES)
+    with torch.no_grad():
+        encoder.blocks[0].mlp.fc1.weight.mul_(2)
+        assert not torch.equal(encoder(IMAGES), before)
+
+
 def test_inner_blocks_leave_the_first_and_the_last():
     encoder = quantised("inner")
     encoder.blocks.append(copy.deepcopy(encoder.blocks[0]))

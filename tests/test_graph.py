@@ -1,6 +1,7 @@
 """Padded masks and captured steps: the numbers of the plain step, whatever batch the graph was captured for."""
 import copy
 import itertools
+import shutil
 import sys
 
 import pytest
@@ -20,7 +21,7 @@ from ijepa_fast.metrics import read_log
 from ijepa_fast.model import build_predictor, keep_copies
 from ijepa_fast.objective import ijepa_loss
 from ijepa_fast.optim import build_optimizer
-from ijepa_fast.padding import SIZES, pad
+from ijepa_fast.padding import COVERED_SIZES, SIZES, pad
 from ijepa_fast.run import uses_graph
 from ijepa_fast.train import main
 
@@ -80,10 +81,10 @@ def test_padding_changes_neither_loss_nor_gradients(rules):
 
 @pytest.mark.parametrize("rules", RULES)
 def test_batches_come_in_few_sizes(rules):
-    """As many as the config can have tokens, and padding is less than one step of it."""
+    """And padding is less than one step, of 32 to the most tokens that the config can have."""
     sampler = masks_of(rules, batch=64, grid=14)
     sizes, wasted = set(), []
-    for step in range(20):
+    for step in range(150):
         masks = sampler.sample(step, 0, 64)
         padded = pad(masks, 64 * 14**2)
         for real, long in ((masks.context, padded.context), (masks.target, padded.target)):
@@ -94,10 +95,12 @@ def test_batches_come_in_few_sizes(rules):
             assert long.cu_seqlens.diff().max() <= real.max_seqlen
         sizes.add(padded.size)
         wasted.append(len(padded.context.indices) / len(masks.context.indices) - 1)
-        assert len(padded.covered) >= len(masks.covered.rows)
+        assert 0 <= len(padded.covered) - len(masks.covered.rows) <= 64 * 14**2 / COVERED_SIZES
+        assert torch.equal(padded.covered[: len(masks.covered.rows)], masks.covered.rows)
         assert torch.equal(padded.compared.cu_seqlens, masks.target.cu_seqlens)
-    assert len(sizes) <= 20
+    assert len(sizes) <= 30  # of contexts, targets and covered rows together
     assert len({size[1:3] + size[4:7] for size in sizes}) == 1  # sequences are always as many
+    assert sum(len(size) for size in sizes) / len(sizes) == 9
     assert sum(wasted) / len(wasted) < 0.12
 
 
@@ -135,10 +138,10 @@ def test_a_graph_computes_other_batches_and_weights_than_it_was_captured_for(rul
     # Rounded to bf16, or targets to e4m3, sums of another order become another number here and there.
     tolerance = 2e-6 if precision == "float32" else 2e-2
     graphed = GraphedBackward(*parts, "smooth_l1", capture=replay.capture)
-    assert [p.grad is g for p, g in zip(graphed.parameters, graphed.gradients, strict=True)]
     for step, (masks, padded) in enumerate(two_batches_of_a_size(rules)):
         images, by = images_of(step), 50.0 * (1 + step)
         graphed.zero()
+        assert all(p.grad is g for p, g in zip(graphed.parameters, graphed.gradients, strict=True))
         loss = graphed(images, padded, by).clone()
         want = plain(bare, images, masks, by)
         assert_same((loss, graphed.gradients), want, tolerance)
@@ -200,12 +203,16 @@ def test_a_captured_step_on_a_gpu(precision):
 @pytest.mark.long
 @pytest.mark.usefixtures("as_on_a_gpu")
 def test_a_run_with_graphs_is_the_run_without(tiny_config, tmp_path, monkeypatch):
-    """Several micro-batches a step, the last one smaller."""
-    words = ["--config", str(tiny_config), "optim.epochs=1", "optim.micro_batch=5", "log.probe_every=null"]
-    main([*words, f"train.folder={tmp_path / 'plain'}"])
+    """Several micro-batches a step, the last one smaller; and resumed from a checkpoint, with the optimizer's state."""
+    words = ["--config", str(tiny_config), "optim.micro_batch=5", "log.probe_every=null", "log.tensorboard=false"]
+    assert main([*words, "optim.epochs=2", f"train.folder={tmp_path / 'plain'}"]) == 0
     monkeypatch.setattr(run, "uses_graph", lambda *_: True)
     monkeypatch.setattr(graph, "CudaCapture", lambda: replay.capture)
-    main([*words, f"train.folder={tmp_path / 'graph'}"])
+    words.append(f"train.folder={tmp_path / 'graph'}")
+    assert main([*words, "optim.epochs=2"]) == 0
+    shutil.rmtree(tmp_path / "graph" / "checkpoints" / "step_00000010")
+    assert main([*words, "optim.epochs=2", "--resume"]) == 0
+    assert main([*words, "optim.epochs=2", "--dry-run", "--resume"]) == 0
     rows, want = (read_log(tmp_path / name)[0] for name in ("graph", "plain"))
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in want], rel=1e-5)
     assert [row["mask-A"] for row in rows] == [row["mask-A"] for row in want]  # padding is not counted

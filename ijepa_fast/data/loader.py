@@ -299,6 +299,8 @@ def _receive(batch: Batch, copied: torch.cuda.Event) -> Batch:
     stream.wait_event(copied)
     masks = batch.masks
     of_masks = (*masks.context[:3], *masks.target[:3], masks.context_of, *(masks.covered or ()))
-    for tensor in (batch.images, *(of_masks if batch.padded is None else batch.padded.tensors())):
+    if batch.padded is not None:
+        of_masks = (*batch.padded.tensors(), batch.padded.covered)
+    for tensor in (batch.images, *of_masks):
         tensor.record_stream(stream)
     return batch

@@ -103,13 +103,15 @@ def _adamw_ema_kernel(
 
 
 def shipped() -> list[Shipped]:
-    """Weights with and without a target and copies; gradients in fp32, and in bf16."""
+    """Weights with and without a target and copies; gradients in fp32, and in bf16; a target that is read in e4m3."""
     types = {"table_ptr": "i64", "grads_ptr": "i64", "rates_ptr": "fp32"}
     fp32, bf16 = tl.float32, tl.bfloat16
     rows = []
-    for grad, target, copy in ((fp32, False, None), (fp32, False, bf16), (fp32, True, None), (fp32, True, bf16),
-                               (bf16, True, bf16)):
-        constexprs = dict(GRAD=grad, TARGET=target, COPY=copy, TARGET_COPY=copy if target else None, CHUNK=CHUNK)
+    for grad, target, copy, target_copy in (
+        *((fp32, False, None, None), (fp32, False, bf16, None), (fp32, True, None, None), (fp32, True, bf16, bf16)),
+        *((fp32, True, bf16, None), (bf16, True, bf16, bf16)),
+    ):
+        constexprs = dict(GRAD=grad, TARGET=target, COPY=copy, TARGET_COPY=target_copy, CHUNK=CHUNK)
         rows.append(Shipped(_adamw_ema_kernel, types, constexprs, NUM_WARPS))
     return rows
 

@@ -25,7 +25,9 @@ E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 TINY = 1e-30  # in the place of a row's largest value where all are 0: 448 / TINY is still an fp32 number
 FIRST_ARCH = 89
-ROW_MULTIPLE = 256  # cuBLAS was reported to read out of bounds at other numbers of rows (pytorch/pytorch#133334)
+# Older row-wise products of PyTorch (not cuBLAS's, which Hopper takes) read out of bounds at other numbers of rows:
+# pytorch/pytorch#133334.
+ROW_MULTIPLE = 256
 # Columns rounded up to a power of two -> rows a program, warps: 8 elements a thread, 16 in wide rows. Not yet measured.
 TILES = {256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8), 4096: (1, 8), 8192: (1, 16)}
 

@@ -94,14 +94,43 @@ def test_gelu_is_what_the_unquantised_one_rounds_to(device, dim, with_bias):
     assert got.values[1].float().abs().max() == 448  # its largest value has the largest number there is
 
 
+def exact_product(x, weight, bias):
+    """In float64, of what the two matrices hold; and the same of the magnitudes."""
+    a, b = x.dequantized().cpu().double(), weight.dequantized().cpu().double()
+    return a @ b.t() + bias.double(), a.abs() @ b.abs().t()
+
+
+def assert_is_product(got, x, weight, bias):
+    """Rounded to bf16 once; and summed in fp32, or on a GPU, 32 products at a time, in numbers of 13 bits."""
+    exact, magnitude = exact_product(x, weight, bias)
+    steps, unit = (x.values.shape[1] / 32, 2**-13) if x.values.is_cuda else (x.values.shape[1], 2**-24)
+    error = (got - exact).abs()
+    bound = 2**-8 * exact.abs() + steps * unit * magnitude
+    assert (error <= bound).all(), float((error / bound).max())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("columns", [1280, 5120])
+@pytest.mark.parametrize("rows", [256, 1000])
+def test_products_of_a_model_s_width(columns, rows):
+    x, weight = random(rows, columns).cuda(), random(1280, columns, seed=1, scale=0.02).cuda()
+    bias = random(1280, seed=2, dtype=B)
+    a, b = quantize_rows(x), quantize_rows(weight)
+    got = fp8_linear(a, b, bias.cuda(), out_dtype=B).cpu().double()
+    assert_is_product(got, a, b, bias)
+    exact = exact_product(a, b, bias)[0]
+    print(f"relative error of the sums, {columns} columns: {float((got - exact).norm() / exact.norm()):.1e}")
+    assert float((got - exact).norm() / exact.norm()) < 2**-8  # what is lost in sums is less than in the rounding
+
+
 def test_the_linear_layer_is_off_by_what_rounding_explains(device):
     x, weight = random(32, 192).to(device), random(64, 192, seed=1, scale=0.02).to(device)
     bias = random(64, seed=2, dtype=B)
     quantised, low = quantize_rows(x), quantize_rows(weight)
     got = fp8_linear(quantised, low, bias.to(device), out_dtype=B).cpu().double()
-    # Exactly: the products of what the two matrices hold, with one rounding to bf16 and an fp32 sum of 192.
-    exact = quantised.dequantized().cpu().double() @ low.dequantized().cpu().double().t() + bias.double()
-    torch.testing.assert_close(got, exact, rtol=2**-8, atol=192 * 2**-24 * 4)
+    assert_is_product(got, quantised, low, bias)
+    exact = exact_product(quantised, low, bias)[0]
     # Against the fp32 layer: each factor is off by 2^-4 of itself at most, each product by 2^-3 and a little.
     a, b = x.cpu().double(), weight.cpu().double()
     error = (got - (a @ b.t() + bias.double())).abs()
