@@ -72,6 +72,13 @@ class Linear(nn.Linear):
         return F.linear(x.to(dtype), self.weight.to(dtype)), self.bias
 
 
+class Branch(NamedTuple):
+    """What is still to be added to the stream: `value` [T, D] in the compute dtype, and a bias [D] to each row."""
+
+    value: Tensor
+    bias: Tensor | None = None
+
+
 class LayerNorm(nn.LayerNorm):
     """Adds a branch to the residual stream, and normalises the sum in fp32 (in fp64 for an fp64 stream)."""
 
@@ -79,20 +86,20 @@ class LayerNorm(nn.LayerNorm):
         super().__init__(dim, eps=NORM_EPS)
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, branch: Tensor | None, out_dtype: torch.dtype, branch_bias: Tensor | None = None
+        self, x: Tensor, branch: Branch | None, out_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         """The new stream, in x's dtype, and its norm in `out_dtype`; see `add_layer_norm`."""
+        value, bias = branch or (None, None)
         return add_layer_norm(
-            x, branch, self.weight, self.bias, branch_bias=branch_bias, eps=self.eps, out_dtype=out_dtype
+            x, value, self.weight, self.bias, branch_bias=bias, eps=self.eps, out_dtype=out_dtype
         )
 
-    def before(
-        self, layer: Linear, x: Tensor, branch: Tensor | None, branch_bias: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | RowScaled]:
+    def before(self, layer: Linear, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor | RowScaled]:
         """The new stream, and its norm as `layer` takes it."""
         if not layer.fp8:
-            return self(x, branch, layer.compute_dtype, branch_bias)
-        return add_layer_norm_fp8(x, branch, self.weight, self.bias, branch_bias=branch_bias, eps=self.eps)
+            return self(x, branch, layer.compute_dtype)
+        value, bias = branch or (None, None)
+        return add_layer_norm_fp8(x, value, self.weight, self.bias, branch_bias=bias, eps=self.eps)
 
 
 class Distinct(NamedTuple):
@@ -122,14 +129,13 @@ class Attention(nn.Module):
         max_seqlen: int,
         rows: Tensor | None = None,
         distinct: Distinct | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The branch, and a bias that is still to be added to it: see `Linear.product`."""
+    ) -> Branch:
         qkv = self.qkv(x)
         if distinct is not None:
             qkv = predictor_rows(qkv, *distinct[1:])
         qkv = qkv.unflatten(1, (3, self.num_heads, -1))
         y = varlen_attention_qkv(qkv, cu_seqlens, max_seqlen).flatten(1)
-        return self.proj.product(y if rows is None else y.index_select(0, rows))
+        return Branch(*self.proj.product(y if rows is None else y.index_select(0, rows)))
 
 
 class MLP(nn.Module):
@@ -138,11 +144,13 @@ class MLP(nn.Module):
         self.fc1 = Linear(dim, hidden, compute_dtype)
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
-    def forward(self, x: Tensor | RowScaled) -> Tensor:
+    def forward(self, x: Tensor | RowScaled) -> Branch:
         hidden, bias = self.fc1.product(x)
         if self.fc2.fp8:
-            return self.fc2(bias_gelu_fp8(hidden, bias))
-        return self.fc2(F.gelu(hidden) if bias is None else bias_gelu(hidden, bias))
+            return Branch(self.fc2(bias_gelu_fp8(hidden, bias)))
+        hidden = F.gelu(hidden) if bias is None else bias_gelu(hidden, bias)
+        # Its bias is added in the next block, where FSDP, which makes no copies, has taken it away again.
+        return Branch(self.fc2(hidden)) if self.fc2.copies is None else Branch(*self.fc2.product(hidden))
 
 
 class Block(nn.Module):
@@ -159,7 +167,7 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(dim)
         self.mlp = MLP(dim, mlp_dim, compute_dtype)
         self.checkpointing = "none"  # "full" keeps the block's input for the backward, "selective" its costly results
-        self._compiled: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+        self._compiled: Callable[..., tuple[Tensor, Branch | None]] | None = None
 
     def compile(self) -> None:
         """Compile what `forward` computes: one graph for all blocks of a shape, whatever the number of tokens.
@@ -171,18 +179,18 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        branch: Tensor | None,
+        branch: Branch | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
         rows: Tensor | None = None,
         distinct: Distinct | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Branch | None]:
         """From the stream x `[T, D]` and what is to be added to it first, the same of the next block.
 
-        The stream stays in x's dtype; a branch is `[T, D]` in the compute dtype, or None. With `rows` (int64 `[R]`,
-        distinct) the result is of those rows alone, `[R, D]`. Every row is attended to either way: what the other rows
-        are spared is the projection and the MLP. With `distinct`, whose tokens the rows of x are, and no branch, the
-        first norm and queries, keys and values are computed of each of those once.
+        The stream stays in x's dtype. With `rows` (int64 `[R]`, distinct) the result is of those rows alone, `[R, D]`.
+        Every row is attended to either way: what the other rows are spared is the projection and the MLP. With
+        `distinct`, whose tokens the rows of x are, and no branch, the first norm and queries, keys and values are
+        computed of each of those once.
         """
         arguments = x, branch, cu_seqlens, max_seqlen, rows, distinct
         if self._compiled is None:
@@ -192,7 +200,7 @@ class Block(nn.Module):
                 compat.mark_dynamic(varying)  # lengths are symbols to the compiler, widths are numbers
         return self._compiled(*arguments)
 
-    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def _checkpointed(self, *arguments: Any) -> tuple[Tensor, Branch | None]:
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return self._forward(*arguments)
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -203,26 +211,27 @@ class Block(nn.Module):
     def _forward(
         self,
         x: Tensor,
-        branch: Tensor | None,
+        branch: Branch | None,
         cu_seqlens: Tensor,
         max_seqlen: int,
         rows: Tensor | None,
         distinct: Distinct | None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Branch | None]:
         y: Tensor | RowScaled
         if distinct is None:
             x, y = self.norm1.before(self.attn.qkv, x, branch)
         else:
             y = self.norm1.before(self.attn.qkv, distinct.x, None)[1]
-        branch, bias = self.attn(y, cu_seqlens, max_seqlen, rows, distinct)
+        branch = self.attn(y, cu_seqlens, max_seqlen, rows, distinct)
         if rows is not None:
             x = x.index_select(0, rows)
-        x, y = self.norm2.before(self.mlp.fc1, x, branch, bias)
+        x, y = self.norm2.before(self.mlp.fc1, x, branch)
         branch = self.mlp(y)
         # A compiler of single blocks adds while it has the branch at hand; full checkpointing keeps what a block takes,
         # which is then one tensor instead of two.
         if torch.compiler.is_compiling() or self.checkpointing == "full":
-            return (x + branch).to(x.dtype), None
+            new = x + branch.value
+            return (new if branch.bias is None else new + branch.bias).to(x.dtype), None
         return x, branch
 
 

@@ -4,6 +4,7 @@ import torch
 from ijepa_kernels import column_sum
 from test_model import ragged, small_encoder
 
+from ijepa_fast import blocks as parts_of_blocks
 from ijepa_fast import compat
 from ijepa_fast import copies as copied
 from ijepa_fast.model import build_predictor, keep_copies
@@ -62,6 +63,31 @@ def test_where_kernels_run_a_bias_is_summed_in_fp32_by_our_op(monkeypatch):
         (got,) = torch.autograd.grad(out, bias, x, retain_graph=True)
         assert torch.equal(got, want)
         assert summed == [(300, 24)] * runs
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_on_a_gpu_what_comes_next_adds_the_biases(plain, checkpointing, monkeypatch):
+    """Of proj, fc1 and fc2, the last ones in the next block; so their gradients come without a sum of their own."""
+    encoder, predictor = models(copies=True)
+    summed = []
+    monkeypatch.setattr(parts_of_blocks, "use_triton", lambda x: True)
+    monkeypatch.setattr(copied, "use_triton", lambda x: True)
+    monkeypatch.setattr(copied, "column_sum", lambda grad: summed.append(grad.shape[1]) or grad.sum(0).float())
+    for model, parts in ((encoder, encoder.blocks), (predictor, predictor.predictor_blocks)):
+        for block in parts:
+            block.checkpointing = checkpointing
+            for part in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                torch.nn.init.normal_(part.bias, generator=torch.Generator().manual_seed(part.out_features))
+        assert model.copies is not None
+    predicted, grads = gradients(encoder, predictor)
+    assert set(summed) == {3 * 96, 3 * 48, 48, 96}  # queries, keys and values; in and out of the predictor
+    assert len(summed) == 2 + 2 + 2
+    monkeypatch.undo()
+    want, want_grads = gradients(encoder, predictor)
+    assert float((predicted - want).norm() / want.norm()) < 2**-7  # a rounding to bf16 fewer
+    for name, grad in grads.items():
+        difference = (grad - want_grads[name]).norm() / want_grads[name].norm()
+        assert difference < 0.03, (name, float(difference))
 
 
 @pytest.mark.long  # compiles

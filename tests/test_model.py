@@ -7,7 +7,7 @@ import torch
 from ijepa_kernels import Packed
 from torch import nn
 
-from ijepa_fast.blocks import COSTLY, Block, LayerNorm, Linear
+from ijepa_fast.blocks import COSTLY, Block, Branch, LayerNorm, Linear
 from ijepa_fast.model import (
     SIZES,
     Size,
@@ -179,7 +179,7 @@ def test_an_encoder_asked_for_rows_returns_those_rows():
     encoder = small_encoder()
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
     finished = []
-    encoder.blocks[-1].mlp.register_forward_hook(lambda _module, _args, out: finished.append(len(out)))
+    encoder.blocks[-1].mlp.register_forward_hook(lambda _module, _args, out: finished.append(len(out.value)))
     rows, listed = torch.tensor([3, 35, 36, 71]), ragged([5, 20], [1, 0])
     for packed, wanted in ((None, rows), (listed, rows[:1])):
         whole, part = encoder(images, packed).view(-1, 96), encoder(images, packed, wanted)
@@ -193,9 +193,10 @@ def test_a_block_asked_for_rows_returns_those_rows_and_their_gradients():
     x = torch.randn(40, 96, generator=torch.Generator().manual_seed(3))
     cu_seqlens, rows = torch.tensor([0, 7, 40], dtype=torch.int32), torch.tensor([1, 6, 30, 31])
     results = []
-    for pick in (lambda x: block(x, x, cu_seqlens, 40), lambda x: block(x, x, cu_seqlens, 40, rows)):
+    for some in (None, rows):
         leaf = x.clone().requires_grad_()
-        out = sum(pick(leaf))
+        out, branch = block(leaf, Branch(leaf), cu_seqlens, 40, some)
+        out = out + branch.value
         out = out if len(out) == len(rows) else out[rows]
         out.square().sum().backward()
         results.append((out.detach(), leaf.grad, block.attn.qkv.weight.grad))
@@ -216,7 +217,7 @@ def test_products_and_stream_have_their_own_dtypes(compute_dtype, residual_dtype
 
     def record(module: nn.Module, _args: tuple, out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> None:
         stream, result = (None, out) if isinstance(out, torch.Tensor) else out
-        seen[type(module)].add(result.dtype)
+        seen[type(module)].add(result.value.dtype if isinstance(result, Branch) else result.dtype)
         assert stream is None or stream.dtype == residual_dtype
 
     for model in (encoder, predictor):

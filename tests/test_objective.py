@@ -216,7 +216,7 @@ def test_what_no_target_block_covers_need_not_be_finished(rules):
     models = build_models(16)
     masks = MultiBlockMasks(MaskConfig(group=2, min_keep=2, **rules), GRID, 9, BATCH).sample(1, 0, BATCH)
     finished = []
-    models[2].blocks[-1].mlp.register_forward_hook(lambda _module, _args, out: finished.append(len(out)))
+    models[2].blocks[-1].mlp.register_forward_hook(lambda _module, _args, out: finished.append(len(out.value)))
     results = []
     for covered in (masks.covered, None):
         loss = ijepa_loss(*models, random_images(16), masks._replace(covered=covered))
