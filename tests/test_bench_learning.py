@@ -8,7 +8,7 @@ from PIL import Image
 
 from bench.harness.compare import NotRun
 from bench.learning import learn
-from bench.learning.learners import LEARNERS, Ours, Paced, Straight, published
+from bench.learning.learners import LEARNERS, Ours, Paced, Straight, published, recipe
 from bench.learning.report import report
 from ijepa_fast.config import load_config
 from ijepa_fast.distributed import World
@@ -50,6 +50,14 @@ def test_released_recipe_scales_with_the_root_of_the_batch(folder):
     assert config.optim.warmup_epochs == pytest.approx(10 * 40 / 300)
     assert (config.mask.sampler, config.mask.collate, config.mask.group) == ("reference", "truncate", 4)
     assert config.model == config_of(folder).model
+
+
+def test_only_the_target_s_products_tell_fp8_from_ours(folder):
+    config = config_of(folder)
+    low = recipe("ours_fp8", config)
+    assert (low.model.target_dtype, low.model.fp8_blocks) == ("fp8", "all")
+    assert low.model_copy(update={"model": config.model}) == config == recipe("ours", config)
+    assert recipe("released", config) == published(config)
 
 
 def test_schedule_is_read_at_a_share_of_the_time():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.harness import machine
 from bench.harness.compare import NotRun
-from bench.learning.learners import LEARNERS, published
+from bench.learning.learners import LEARNERS, recipe
 from bench.learning.report import report
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.data.decoder import Decoder
@@ -120,7 +120,7 @@ class Clock:
 
 def pretrain(provider: str, seed: int, config: Config, world: World, data: DataSet, args: argparse.Namespace) -> None:
     """One provider from one seed: pretrain for `args.minutes` or `args.updates`, probe `args.points` times, record."""
-    config = config if provider == "ours" else published(config)
+    config = recipe(provider, config)
     config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
     points: list[dict[str, Any]] = []
     record = {

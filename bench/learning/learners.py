@@ -65,6 +65,14 @@ def published(config: Config) -> Config:
     return validate(raw, "the released recipe")
 
 
+def recipe(provider: str, config: Config) -> Config:
+    """`config` as this provider runs it: ours_fp8 with e4m3 products in all of the target encoder's blocks."""
+    if provider == "ours_fp8":
+        low = config.model.model_copy(update={"target_dtype": "fp8", "fp8_blocks": "all"})
+        return config.model_copy(update={"model": low})
+    return config if provider == "ours" else published(config)
+
+
 class Modules(NamedTuple):
     encoder: nn.Module
     predictor: nn.Module
@@ -173,4 +181,4 @@ def normalised(images: Tensor) -> Tensor:
     return ((images.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 
-LEARNERS = {"ours": Ours, "straight": Straight, "released": Released}
+LEARNERS = {"ours": Ours, "ours_fp8": Ours, "straight": Straight, "released": Released}

@@ -49,6 +49,10 @@ def test_every_configuration_compiles_and_has_no_fault(rows):
 def test_every_kernel_is_shipped(rows):
     """A kernel that no `shipped()` lists would be compiled for the first time on a user's machine."""
     shipped = {(row["module"], row["kernel"]) for row in rows}
+    for module, position in aot.configurations():
+        ship = importlib.import_module(module).shipped()[position]
+        if ship.first_arch > rows[0]["arch"]:
+            shipped.add((module.rpartition(".")[2], ship.kernel.__name__.strip("_")))
     for file in Path(aot.__file__).parent.glob("*.py"):
         for kernel in re.findall(r"^@triton\.jit.*\n(?:@.*\n)*def _?(\w+_kernel)\(", file.read_text(), re.MULTILINE):
             assert (file.stem, kernel) in shipped
@@ -62,7 +66,7 @@ def test_the_table_in_the_docs_lists_what_is_shipped():
     for module, position in aot.configurations():
         ship = importlib.import_module(module).shipped()[position]
         kernel = f"{module.rpartition('.')[2]}: `{ship.kernel.__name__.strip('_')}`"
-        want += [(kernel, ship.title(), f"sm_{arch}") for arch in aot.ARCHS]
+        want += [(kernel, ship.title(), f"sm_{arch}") for arch in aot.ARCHS if arch >= ship.first_arch]
     assert listed == want
 
 
@@ -81,7 +85,8 @@ def test_loss_touches_its_tensors_in_16_byte_pieces_alone(rows):
     assert forward
     for row in forward:
         assert set(row["loads"]) == {"16", "4"}, name(row)
-        assert row["loads"]["4"] <= 10, name(row)
+        scalars = 13 if "PADDED=True" in row["title"] else 10  # where the padding begins, and the denominator
+        assert row["loads"]["4"] <= scalars, name(row)
         assert row["stores"]["4"] == 1, name(row)
 
 
