@@ -167,19 +167,21 @@ def memory(
     accumulates: bool,
     compute: int,
     residual: int = 4,
+    target: int | None = None,
 ) -> Memory:
     """The peak of an update, at the turn from forward to backward of its last micro-batch.
 
     `shards`: ranks that share one copy (1 for single and ddp). `compute`, `residual`: bytes of a number in matrix
-    products and in the residual stream. `accumulates`: there are earlier micro-batches, whose gradients are there, and
-    under fsdp whole, since they are reduced with the last one's.
+    products and in the residual stream; `target`: in the target encoder's products, if others. `accumulates`: there are
+    earlier micro-batches, whose gradients are there, and under fsdp whole, since they are reduced with the last one's.
     """
     sharded = strategy in ("fsdp", "hsdp")
     if sharded:
         # Two neighbouring blocks are whole at a time, one being used and one being fetched.
         copies = 2 * compute * model.block_parameters + 2 * 4 * model.block_parameters  # and their gradients, in fp32
     else:
-        copies = (compute if compute < 4 else 0) * (model.trained + model.encoder_parameters)  # the target's too
+        copied = [(model.trained, compute), (model.encoder_parameters, target or compute)]
+        copies = sum(number * size for number, size in copied if size < 4)
     activations = (
         micro_batch * model.context * _kept(model.encoder, checkpointing, compute, residual)
         + micro_batch * model.predicted_from * _kept(model.predictor, checkpointing, compute, residual)
@@ -251,6 +253,7 @@ def plan(
             accumulates=micro_batch < share,
             compute=compute,
             residual=residual,
+            target=1 if config.model.target_dtype == "fp8" else None,
         )
 
     fitting = [n for n in range(1, share + 1) if share % n == 0 and need(n).total <= room]

@@ -69,6 +69,15 @@ def plans(capsys, *arguments: str) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+def test_targets_in_e4m3_halve_their_weights_copies():
+    model = plan.describe(load_config("vith14_in1k", [])[0])
+    bf16, low = (
+        plan.memory(model, "single", 1, 8, "none", accumulates=False, compute=2, target=target) for target in (None, 1)
+    )
+    assert bf16.copies - low.copies == model.encoder_parameters
+    assert bf16._replace(copies=0) == low._replace(copies=0)
+
+
 def test_what_the_giant_holds_before_activations(capsys):
     (single,) = [p for p in plans(capsys, "--gpus", "1") if p["checkpointing"] == "full"]
     held = single["memory_gib"]
