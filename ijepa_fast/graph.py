@@ -42,7 +42,7 @@ class GraphedBackward:
         kind: Literal["smooth_l1", "l2"],
         capture: Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]] | None = None,
     ):
-        """`capture`: runs a function once and returns its result and what runs it again; left out, a CUDA graph."""
+        """`capture`: of a function gives the result, not computed yet, and what computes it; left out, a CUDA graph."""
         self.models = encoder, predictor, target_encoder
         self.kind = kind
         self.parameters = [p for model in (encoder, predictor) for p in model.parameters() if p.requires_grad]

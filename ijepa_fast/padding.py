@@ -55,12 +55,11 @@ class Padded(NamedTuple):
         return Padded(context, target, self.context_of.clone(), self.covered.clone(), compared)
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Padded":
-        context, target, read = (
-            packed.to(device, non_blocking) for packed in (self.context, self.target, self.compared)
-        )
+        packs = (packed.to(device, non_blocking) for packed in (self.context, self.target, self.compared))
+        context, target, compared = packs
         pinned = [x.pin_memory() if non_blocking else x for x in (self.context_of, self.covered)]
         context_of, covered = (x.to(device, non_blocking=non_blocking) for x in pinned)
-        return Padded(context, target, context_of, covered, read)
+        return Padded(context, target, context_of, covered, compared)
 
 
 def pad(masks: Masks, patches: int) -> Padded:
