@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from ijepa_fast.data.decoder import build_decoder
 from ijepa_fast.data.decoder_pillow import PillowDecoder
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
@@ -64,7 +65,7 @@ def evaluate(root, capfd) -> Callable[..., Outcome]:
 def extract(weights: str, root: Path, *, cache: Path | None = None, part: str = "train") -> Features:
     model = prepare(open_weights(weights), CPU)
     data = open_dataset(root, threads=1)
-    extractor = Extractor(model, PillowDecoder(1), World(0, 1, CPU, "single"), cache=cache, batch=8, threads=1)
+    extractor = Extractor(model, build_decoder("auto", 1), World(0, 1, CPU, "single"), cache=cache, batch=8, threads=1)
     features = extractor.features(getattr(data, part), part)
     assert features is not None
     return features
