@@ -284,7 +284,7 @@ def test_eval_batches_are_central_crops_in_order(index):
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from ijepa_fast.config import DataConfig, MaskConfig
 from ijepa_fast.data.index import build_index
 from ijepa_fast.data.pipeline import build_pipeline
@@ -296,6 +296,7 @@ data = build_pipeline(DataConfig(root=sys.argv[1], image_size=32, threads=2), ma
 batches = data.loader.batches(0, 10**9)
 next(batches)
 time.sleep(0.5)  # the queue is full now, and its thread waits
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background begins by ignoring it
 print("running", flush=True)
 if sys.argv[3] == "interrupt":
     for batch in batches:
