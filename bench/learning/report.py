@@ -31,7 +31,7 @@ def report(results: Path) -> Path:
         lines += [f"## The proof: {arm}", "", *proof(group, reference), ""]
         picture = results.parent / f"curves_{arm}.png"
         curves(group, picture)
-        lines += [f"![Accuracy against minutes]({picture.name})", ""]
+        lines += [f"![Accuracy on the way]({picture.name})", ""]
     if tried:
         lines += ["## What was tried", "", *trials(tried), ""]
     out = results.parent / "README.md"
@@ -155,18 +155,19 @@ def difference(config: dict[str, Any], reference: dict[str, Any]) -> str:
 
 
 def curves(records: list[Record], out: Path) -> None:
-    """Logistic regression and k-NN against minutes: a line a seed, and the baselines."""
+    """Logistic regression and k-NN against what was equal, minutes or updates: a line a seed, and the baselines."""
+    equal = "updates" if records[0]["minutes"] is None else "minutes"
     figure = Figure(figsize=(9, 3.6), layout="constrained", dpi=120)
     axes = figure.subplots(1, 2, sharey=True)
     for axis, column in zip(axes, ("logistic last", "k-NN"), strict=True):
         for provider, group in by(records, "provider").items():
             for i, record in enumerate(group):
-                minutes, values = ([point[key] for point in record["points"]] for key in ("minutes", column))
+                done, values = ([point[key] for point in record["points"]] for key in (equal, column))
                 label = provider[0] if i == 0 else None
-                axis.plot(minutes, values, "o-", ms=3, lw=1, color=PROVIDER_COLORS[provider[0]], label=label)
+                axis.plot(done, values, "o-", ms=3, lw=1, color=PROVIDER_COLORS[provider[0]], label=label)
         if column == "logistic last":
             axis.axhline(records[0]["pixels"], color="black", lw=0.8, ls="--", label="16 x 16 pixels")
-        axis.set(xlabel="minutes of pretraining", title={"logistic last": "logistic regression"}.get(column, column))
+        axis.set(xlabel=f"{equal} of pretraining", title={"logistic last": "logistic regression"}.get(column, column))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on val, %")
     axes[0].legend(fontsize=8)
