@@ -119,7 +119,7 @@ def test_bench_decode(bench, size, threads, provider):
 def loader_case(size: str, folder: Path) -> Case:
     """`PASS` JPEGs of 110 kB as batches: by our loader, masks and all, and by workers' processes.
 
-    Of our loader, "ours" has the decoder that `auto` takes on a CPU, which is Pillow.
+    "ours" has the decoder that `auto` takes on a CPU.
 
     A sample is a whole pass, which begins with nothing prepared and ends with nothing left over. Beside the time by the
     clock it takes the CPU time of this process and of all workers, which others on the machine have no part in.
@@ -173,7 +173,7 @@ def loader_case(size: str, folder: Path) -> Case:
 
         return info
 
-    decoders = {"ours": "pillow", "scaled": "scaled", "turbo": "turbo"}
+    decoders = {"ours": "auto", "pillow": "pillow", "scaled": "scaled"}
     dtypes = {"workers": torch.uint8, "released": torch.float32}
     return Case(
         {name: Variant(functools.partial(ours, name, decoder), info=note(name)) for name, decoder in decoders.items()}
@@ -196,7 +196,7 @@ def cpu_seconds(pids: list[int]) -> float:
 
 
 @QUICK
-@pytest.mark.parametrize("provider", ["ours", "scaled", "turbo", "workers", "released"])
+@pytest.mark.parametrize("provider", ["ours", "pillow", "scaled", "workers", "released"])
 @pytest.mark.parametrize("size", ["500x375"])
 def test_bench_loader(bench, tmp_path, size, provider):
     bench(lambda: loader_case(size, tmp_path))
