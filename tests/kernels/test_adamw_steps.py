@@ -222,13 +222,8 @@ def recorded(monkeypatch, built, **options):
     return launches
 
 
-def test_apply_is_launches_alone_that_may_be_repeated(kernel_device, monkeypatch):
-    """What a CUDA graph would hold, replayed at other rates, with other gradients, some skipped, some scaled."""
-    built, twin = build(kernel_device), build(kernel_device)
-    for one in (built, twin):
-        step(one, 0)
-    finite, scale = torch.ones((), device=kernel_device), torch.ones((), device=kernel_device)
-    launches, layout = None, built[0].layout
+def assert_replays(built, twin, finite, scale, replay):
+    """Four updates, the third of them skipped: `replay` on `built` does what a step does on `twin`."""
     for number in range(1, 5):
         for optimizer, ws, *_ in (built, twin):
             set_gradients(ws, number)
@@ -236,14 +231,27 @@ def test_apply_is_launches_alone_that_may_be_repeated(kernel_device, monkeypatch
         built[0].prepare(0.5 + 0.1 * number)
         finite.fill_(math.nan if number == 3 else 1)
         scale.fill_(0.5**number)
-        if launches is None:
-            launches = recorded(monkeypatch, built, finite=finite, grad_scale=scale)
-        for kernel, grid, args, options in launches:
-            kernel[grid](*args, **options)
+        replay()
         twin[0].step(momentum=0.5 + 0.1 * number, finite=finite, grad_scale=scale)
-    assert built[0].layout == layout
     assert built[0].skipped == 1
     assert_same_bits(built, values(twin))
+
+
+def test_apply_is_launches_alone_that_may_be_repeated(kernel_device, monkeypatch):
+    """What a CUDA graph would hold, replayed at other rates, with other gradients, some skipped, some scaled."""
+    built, twin = build(kernel_device), build(kernel_device)
+    for one in (built, twin):
+        step(one, 0)
+    finite, scale = torch.ones((), device=kernel_device), torch.ones((), device=kernel_device)
+    launches, layout = [], built[0].layout
+
+    def replay():
+        launches.extend(() if launches else recorded(monkeypatch, built, finite=finite, grad_scale=scale))
+        for kernel, grid, args, options in launches:
+            kernel[grid](*args, **options)
+
+    assert_replays(built, twin, finite, scale, replay)
+    assert built[0].layout == layout
 
 
 def test_what_a_capture_asks_for(kernel_device, monkeypatch):
@@ -301,17 +309,7 @@ def test_a_cuda_graph_holds_apply():
         with pytest.raises(RuntimeError, match="prepare: want it before the capture"):
             built[0].prepare(0.9)
         built[0].apply(finite=finite, grad_scale=scale)
-    for number in range(1, 5):
-        for optimizer, ws, *_ in (built, twin):
-            set_gradients(ws, number)
-            optimizer.param_groups[1]["lr"] = 0.1 / number
-        built[0].prepare(0.5 + 0.1 * number)
-        finite.fill_(math.nan if number == 3 else 1)
-        scale.fill_(0.5**number)
-        graph.replay()
-        twin[0].step(momentum=0.5 + 0.1 * number, finite=finite, grad_scale=scale)
-    assert built[0].skipped == 1
-    assert_same_bits(built, values(twin))
+    assert_replays(built, twin, finite, scale, graph.replay)
 
 
 def test_the_halves_are_the_whole(device):
