@@ -11,6 +11,7 @@ taken). Where sequences are long and all of one length, `F.scaled_dot_product_at
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -62,9 +63,28 @@ def _backward(
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+    _fill(grads, grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, backend)
+    return tuple(grads)
+
+
+def _fill(
+    grads: Sequence[Tensor],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    backend: str,
+) -> None:
     if backend == "triton":
-        return attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale)
-    return attention_torch.backward_with_lse(grad.contiguous(), q, k, v, out, lse, cu_seqlens, scale)
+        attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, grads)
+    else:
+        attention_torch.backward_with_lse(grad.contiguous(), q, k, v, out, lse, cu_seqlens, scale, grads)
 
 
 def _backward_fake(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, backend):
@@ -103,29 +123,68 @@ _forward_op = register(
 )
 
 
-class _Eager(torch.autograd.Function):
-    """The op without its registration, whose cost it spares; and PyTorch's form may keep weights of any size here."""
+# Eager code is spared the cost of registration, and PyTorch's form may keep weights, not only the log-sum-exp.
 
+
+def _forward_eager(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, backend: str
+) -> tuple[Tensor, list[Tensor]]:
+    if backend == "triton":
+        out, lse = attention_triton.forward(q, k, v, cu_seqlens, max_seqlen, scale)
+        return out, [lse]
+    return attention_torch.forward(q, k, v, cu_seqlens, scale)
+
+
+def _backward_eager(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    cu_seqlens: Tensor,
+    kept: list[Tensor],
+    max_seqlen: int,
+    scale: float,
+    backend: str,
+    grads: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
+    if backend == "triton":
+        return attention_triton.backward(grad, q, k, v, out, *kept, cu_seqlens, max_seqlen, scale, grads)
+    return attention_torch.backward(grad.contiguous(), q, k, v, out, kept, cu_seqlens, scale, grads=grads)
+
+
+class _Eager(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, max_seqlen, scale, backend):
-        if backend == "triton":
-            out, *kept = attention_triton.forward(q, k, v, cu_seqlens, max_seqlen, scale)
-        else:
-            out, kept = attention_torch.forward(q, k, v, cu_seqlens, scale)
+    def forward(ctx, q, k, v, cu_seqlens, *arguments):
+        out, kept = _forward_eager(q, k, v, cu_seqlens, *arguments)
         ctx.save_for_backward(q, k, v, out, cu_seqlens, *kept)
-        ctx.arguments = max_seqlen, scale, backend
+        ctx.arguments = arguments
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         q, k, v, out, cu_seqlens, *kept = ctx.saved_tensors
-        max_seqlen, scale, backend = ctx.arguments
-        if backend == "triton":
-            grads = attention_triton.backward(grad, q, k, v, out, *kept, cu_seqlens, max_seqlen, scale)
-        else:
-            grads = attention_torch.backward(grad.contiguous(), q, k, v, out, kept, cu_seqlens, scale)
-        return *grads, None, None, None, None
+        return *_backward_eager(grad, q, k, v, out, cu_seqlens, kept, *ctx.arguments), None, None, None, None
+
+
+class _EagerQkv(torch.autograd.Function):
+    """As `_Eager`, with one gradient for all three."""
+
+    @staticmethod
+    def forward(ctx, qkv, cu_seqlens, *arguments):
+        out, kept = _forward_eager(*qkv.unbind(1), cu_seqlens, *arguments)
+        ctx.save_for_backward(qkv, out, cu_seqlens, *kept)
+        ctx.arguments = arguments
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        qkv, out, cu_seqlens, *kept = ctx.saved_tensors
+        grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+        _backward_eager(grad, *qkv.unbind(1), out, cu_seqlens, kept, *ctx.arguments, grad_qkv.unbind(1))
+        return grad_qkv, None, None, None, None
 
 
 def _forward_qkv(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, backend: str) -> tuple[Tensor, Tensor]:
@@ -146,12 +205,8 @@ def _backward_qkv(
     scale: float,
     backend: str,
 ) -> Tensor:
-    if backend != "triton":
-        grads = _backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, backend)
-        return torch.stack(grads, 1)
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    grads = grad_qkv.unbind(1)
-    attention_triton.backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, grads)
+    _fill(grad_qkv.unbind(1), grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, backend)
     return grad_qkv
 
 
@@ -187,28 +242,12 @@ _forward_qkv_op = register(
 )
 
 
-class _EagerQkv(torch.autograd.Function):
-    """As `_Eager`, for our kernel alone."""
-
-    @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, scale):
-        out, lse = attention_triton.forward(*qkv.unbind(1), cu_seqlens, max_seqlen, scale)
-        ctx.save_for_backward(qkv, out, lse, cu_seqlens)
-        ctx.arguments = max_seqlen, scale, "triton"
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        return _backward_qkv(grad, *ctx.saved_tensors, *ctx.arguments), None, None, None
-
-
 def varlen_attention_qkv(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, scale: float | None = None, backend: str = "auto"
 ) -> Tensor:
     """`varlen_attention(*qkv.unbind(1), ...)` of `qkv` [T, 3, heads, head_dim], with one gradient for all three.
 
-    Our kernel writes it where it belongs; the gradients of three views are copied into one. All else is as in
+    It is written where it belongs; the gradients of three views would be copied into one. All else is as in
     `varlen_attention`.
     """
     check_tensor("qkv", qkv, "T, 3, heads, head_dim", DTYPES)
@@ -217,12 +256,10 @@ def varlen_attention_qkv(
         _check(q, k, v, cu_seqlens, max_seqlen, scale)
         head_dim = len(range(q.shape[2]))  # as in varlen_attention
         backend = attention_backends.choose(head_dim, q.dtype, q.device, backend)
-        arguments = qkv, cu_seqlens, max_seqlen, head_dim**-0.5 if scale is None else float(scale)
-        eager = is_plain_eager() and type(qkv) is Tensor
-        if backend == "triton" and eager:
-            return _EagerQkv.apply(*arguments)
-        if backend == "triton" or (backend == "torch" and not eager):
-            return _forward_qkv_op(*arguments, backend)[0]
+        if attention_backends.BACKENDS[backend].call is None:  # ours
+            arguments = qkv, cu_seqlens, max_seqlen, head_dim**-0.5 if scale is None else float(scale), backend
+            eager = is_plain_eager() and type(qkv) is Tensor
+            return _EagerQkv.apply(*arguments) if eager else _forward_qkv_op(*arguments)[0]
     return varlen_attention(q, k, v, cu_seqlens, max_seqlen, scale=scale, backend=backend)
 
 

@@ -16,7 +16,7 @@ the calls it saves (16 to 64 sequences of 60 to 196 tokens, forward and backward
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -136,12 +136,16 @@ def backward(
     scale: float,
     *,
     save_memory: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
+    grads: Sequence[Tensor] | None = None,  # [T, heads, head_dim] of any strides, to be filled
+) -> Sequence[Tensor]:
     """The gradients of q, k and v, given what `forward` kept under the same `save_memory`."""
+    if grads is None:
+        grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     if not _is_wide(q):
         wide = (x.float() for x in (grad, q, k, v, out))
-        return tuple(x.to(q.dtype) for x in backward(*wide, kept, cu_seqlens, scale, save_memory=save_memory))
-    grads = tuple(torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+        for to, value in zip(grads, backward(*wide, kept, cu_seqlens, scale, save_memory=save_memory), strict=True):
+            to.copy_(value)
+        return grads
     runs, kept = _runs(q, cu_seqlens, save_memory=save_memory, keep=True), iter(kept)
     with torch.autocast(q.device.type, enabled=False):
         for run, (run_grad, *qkv, run_out, dq, dk, dv) in _parts(runs, grad, q, k, v, out, *grads):
@@ -173,11 +177,19 @@ def forward_with_lse(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
 
 
 def backward_with_lse(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, cu_seqlens: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    grads: Sequence[Tensor] | None = None,
+) -> Sequence[Tensor]:
     """As `backward`, given what `forward_with_lse` kept."""
     heads = q.shape[1]
     runs = [run for run in _runs(q, cu_seqlens, save_memory=True, keep=True) if run.fused]
     rows = lse.view(-1).split([run.tokens() * heads for run in runs]) if runs else ()
     kept = [x.view(run.count, heads, run.length) for run, x in zip(runs, rows, strict=True)]
-    return backward(grad, q, k, v, out, kept, cu_seqlens, scale, save_memory=True)
+    return backward(grad, q, k, v, out, kept, cu_seqlens, scale, save_memory=True, grads=grads)
