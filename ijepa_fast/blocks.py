@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from ijepa_fast import compat
+from ijepa_fast import compat, onednn
 from ijepa_fast.copies import copied_linear
 
 NORM_EPS = 1e-6
@@ -50,7 +50,7 @@ class Linear(nn.Linear):
             return self._fp8(x, self.bias.to(dtype) if self.bias_copy is None else self.bias_copy)
         if self.copies is not None:
             return copied_linear(x.to(dtype), self.weight, self.bias, *self.copies)
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return onednn.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def _fp8(self, x: RowScaled, bias: Tensor | None) -> Tensor:
         weight = quantize_rows(self.weight) if self.quantized is None else self.quantized
@@ -64,12 +64,25 @@ class Linear(nn.Linear):
         """
         if isinstance(x, RowScaled):
             return self._fp8(x, None), self.bias
-        if torch.compiler.is_compiling() or (x.is_cpu and not use_triton(x)):
+        if self._is_plain(x):
             return self(x), None
         dtype = self.compute_dtype
         if self.copies is not None:
             return copied_linear(x.to(dtype), self.weight, None, self.copies[0], None), self.bias
         return F.linear(x.to(dtype), self.weight.to(dtype)), self.bias
+
+    def gelu(self, x: Tensor | RowScaled) -> Tensor:
+        """The exact GELU of its result."""
+        if isinstance(x, Tensor) and self._is_plain(x) and self.copies is None:
+            dtype = self.compute_dtype
+            return onednn.linear_gelu(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        hidden, bias = self.product(x)
+        return F.gelu(hidden) if bias is None else bias_gelu(hidden, bias)
+
+    @staticmethod
+    def _is_plain(x: Tensor) -> bool:
+        """Whether PyTorch's own product takes the bias along."""
+        return torch.compiler.is_compiling() or (x.is_cpu and not use_triton(x))
 
 
 class Branch(NamedTuple):
@@ -145,10 +158,9 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
     def forward(self, x: Tensor | RowScaled) -> Branch:
-        hidden, bias = self.fc1.product(x)
         if self.fc2.fp8:
-            return Branch(self.fc2(bias_gelu_fp8(hidden, bias)))
-        hidden = F.gelu(hidden) if bias is None else bias_gelu(hidden, bias)
+            return Branch(self.fc2(bias_gelu_fp8(*self.fc1.product(x))))
+        hidden = self.fc1.gelu(x)
         # Its bias is added in the next block, where FSDP, which makes no copies, has taken it away again.
         return Branch(self.fc2(hidden)) if self.fc2.copies is None else Branch(*self.fc2.product(hidden))
 

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,26 @@ def foreach_zero_(of: "list[Tensor]") -> None:
     import torch
 
     torch._foreach_zero_(of)
+
+
+def has_onednn_linear() -> bool:
+    """Whether `onednn_linear` is there: the operator `mkldnn::_linear_pointwise` (torch 2.11 to 2.13).
+
+    The compiler makes it of linear layers on a CPU. Without it: `F.linear`, by MKL.
+    """
+    import torch
+
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(
+    x: "Tensor", weight: "Tensor", bias: "Tensor | None" = None, activation: Literal["none", "gelu"] = "none"
+) -> "Tensor":
+    """`F.linear`, and the exact GELU of it, in fp32 on a CPU; of matrices of any strides, without a gradient."""
+    import torch
+
+    algorithm = "none" if activation == "gelu" else ""  # the exact one: the other is "tanh"
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], algorithm)
 
 
 def changes(x: "Tensor") -> int:
