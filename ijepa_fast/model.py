@@ -12,7 +12,7 @@ import torch
 from ijepa_kernels import Packed, embed_patches, predictor_tokens
 from torch import Tensor, nn
 
-from ijepa_fast.blocks import Block, Distinct, LayerNorm, Linear
+from ijepa_fast.blocks import Block, Branch, Distinct, LayerNorm, Linear
 from ijepa_fast.copies import Copies, copied
 from ijepa_fast.fp8 import QuantizedWeights
 
@@ -50,18 +50,21 @@ class PatchEmbed(nn.Module):
         # All of the encoder's copies, for it begins here whoever runs its blocks.
         self.encoder_copies: list[Copies | QuantizedWeights] = []
 
-    def forward(self, images: Tensor, packed: Packed, pos_embed: Tensor) -> Tensor:
-        assert self.proj.bias is not None
+    def forward(
+        self, images: Tensor, packed: Packed, pos_embed: Tensor, residual_dtype: torch.dtype
+    ) -> tuple[Tensor, Branch | None]:
+        """The stream of the first block, and what is to be added to it first.
+
+        Beside a wider stream only the projection is rounded: the first norm adds it to the positions, and the bias too.
+        """
+        bias, dtype = self.proj.bias, self.compute_dtype
         self.refresh_copies()
-        return embed_patches(
-            images,
-            packed,
-            self.proj.weight if self.copies is None else copied(self.proj.weight, self.copies[0]),
-            self.proj.bias,
-            pos_embed,
-            patch_size=self.patch_size,
-            dtype=self.compute_dtype,
-        )
+        weight = self.proj.weight if self.copies is None else copied(self.proj.weight, self.copies[0])
+        if torch.finfo(dtype).bits >= torch.finfo(residual_dtype).bits:
+            x = embed_patches(images, packed, weight, bias, pos_embed, patch_size=self.patch_size, dtype=dtype)
+            return x.to(residual_dtype), None
+        projected = embed_patches(images, packed, weight, None, None, patch_size=self.patch_size, dtype=dtype)
+        return pos_embed.flatten(0, 1).index_select(0, packed.indices).to(residual_dtype), Branch(projected, bias)
 
     def refresh_copies(self) -> None:
         for copies in self.encoder_copies:
@@ -95,7 +98,7 @@ class VisionTransformer(nn.Module):
         result is of those rows alone, `[R, D]`, of the T listed or of B * N: the last block finishes no others.
         """
         listed = self.every_patch(images) if packed is None else packed
-        x, branch = self.patch_embed(images, listed, self.pos_embed).to(self.residual_dtype), None
+        x, branch = self.patch_embed(images, listed, self.pos_embed, self.residual_dtype)
         *blocks, last = self.blocks
         for block in blocks:
             x, branch = block(x, branch, listed.cu_seqlens, listed.max_seqlen)

@@ -96,9 +96,9 @@ def test_flops_of_a_step_are_those_of_its_formula(step):
 
 
 def test_biases_are_summed_by_our_op(step):
-    """Two launches each: of queries, keys and values in 12 + 1 blocks, and of the patch embedding and the predictor's
-    two projections. The one of PyTorch's is of the mask token."""
-    assert step[1].by_kind()["sum"].launches == 2 * (13 + 3) + 1
+    """Two launches each: of queries, keys and values in 12 + 1 blocks, and of the predictor's two projections. The one
+    of PyTorch's is of the mask token."""
+    assert step[1].by_kind()["sum"].launches == 2 * (13 + 2) + 1
 
 
 def test_every_part_of_a_step_is_there(step):

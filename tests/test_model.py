@@ -242,6 +242,23 @@ def test_selective_checkpointing_knows_attention_by_the_name_that_a_gpu_calls():
 
 
 @torch.no_grad()
+def test_bfloat16_rounds_the_projection_and_not_the_positions():
+    """As the released code under autocast, whose convolution is rounded and added to fp32 positions."""
+    encoder = small_encoder(compute_dtype=torch.bfloat16)
+    torch.nn.init.normal_(encoder.patch_embed.proj.bias)
+    images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
+    packed = Packed.dense(len(images), encoder.grid**2)
+    x, branch = encoder.patch_embed(images, packed, encoder.pos_embed, torch.float32)
+    assert torch.equal(x, encoder.pos_embed[0].repeat(len(images), 1))
+    assert branch.value.dtype == torch.bfloat16
+    wide = small_encoder()
+    wide.patch_embed.proj.load_state_dict(encoder.patch_embed.proj.state_dict())
+    whole, _ = wide.patch_embed(images, packed, torch.zeros_like(encoder.pos_embed), torch.float32)
+    # 2^-9 for each rounding: of weights, patches and the result.
+    assert (branch.value.float() + branch.bias - whole).abs().max() <= 3 * 2**-9 * (whole - branch.bias).abs().max()
+
+
+@torch.no_grad()
 def test_bfloat16_stays_within_its_rounding_of_fp32():
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
     exact = small_encoder()(images)

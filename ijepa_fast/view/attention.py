@@ -30,7 +30,7 @@ def attention_maps(encoder: VisionTransformer, images: Tensor, layer: int, patch
     softmax(q k / sqrt(head_dim)), rows sum to 1. `images` as the encoder takes them.
     """
     packed = Packed.dense(len(images), encoder.grid**2, device=images.device)
-    x, branch = encoder.patch_embed(images, packed, encoder.pos_embed).to(encoder.residual_dtype), None
+    x, branch = encoder.patch_embed(images, packed, encoder.pos_embed, encoder.residual_dtype)
     blocks = list(encoder.blocks)
     for block in blocks[: layer % len(blocks)]:
         x, branch = block(x, branch, packed.cu_seqlens, packed.max_seqlen)

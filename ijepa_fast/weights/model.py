@@ -149,7 +149,7 @@ def last_blocks(encoder: VisionTransformer, images: Tensor, layers: int) -> list
     height, width = images.shape[1:3] if images.dtype == torch.uint8 else images.shape[2:4]
     grid = height // encoder.patch_size, width // encoder.patch_size
     packed = Packed.dense(len(images), grid[0] * grid[1], device=images.device)
-    x, branch = encoder.patch_embed(images, packed, positions(encoder, grid)).to(encoder.residual_dtype), None
+    x, branch = encoder.patch_embed(images, packed, positions(encoder, grid), encoder.residual_dtype)
     outputs = []
     for number, block in enumerate(encoder.blocks, start=1):
         x, branch = block(x, branch, packed.cu_seqlens, packed.max_seqlen)

@@ -243,7 +243,7 @@ def _without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 def _embed(
     images: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     pos_embed: Tensor | None,  # [N, D]
     indices: Tensor,
     *rest,  # the other arguments of _gather
@@ -252,11 +252,13 @@ def _embed(
     weight = weight.to(patches.dtype).flatten(1)
     weight = F.pad(weight, (0, patches.shape[1] - weight.shape[1])).t()  # [K, D]
     with _without_autocast(images):  # the result has the dtype asked for, as the fake says
+        if pos_embed is None and bias is None:
+            return torch.mm(patches, weight)
         if pos_embed is None:
             return torch.addmm(bias.to(patches.dtype), patches, weight)
         # The matrix product accumulates onto this, which spares a pass over the result.
-        start = (bias.float() + pos_embed.float()).to(patches.dtype).index_select(0, indices)
-        return start.addmm_(patches, weight)
+        start = pos_embed.float() if bias is None else bias.float() + pos_embed.float()
+        return start.to(patches.dtype).index_select(0, indices).addmm_(patches, weight)
 
 
 def _embed_fake(images, weight, bias, pos_embed, indices, *rest):
@@ -266,7 +268,7 @@ def _embed_fake(images, weight, bias, pos_embed, indices, *rest):
 def _embed_setup_context(ctx, inputs, output):
     images, weight, bias, _, indices, cu_seqlens, image, *ctx.arguments = inputs
     ctx.save_for_backward(images, indices, cu_seqlens, image)
-    ctx.weight_shape, ctx.dtypes = weight.shape, (weight.dtype, bias.dtype)
+    ctx.weight_shape, ctx.dtypes = weight.shape, (weight.dtype, None if bias is None else bias.dtype)
 
 
 def _embed_backward(ctx, grad):
@@ -283,7 +285,7 @@ def _embed_backward(ctx, grad):
 
 
 _embed_op = register(
-    "embed_patches(Tensor images, Tensor weight, Tensor bias, Tensor? pos_embed, Tensor indices, Tensor cu_seqlens, "
+    "embed_patches(Tensor images, Tensor weight, Tensor? bias, Tensor? pos_embed, Tensor indices, Tensor cu_seqlens, "
     "Tensor image, SymInt max_seqlen, int patch_size, float[] mean, float[] std, ScalarType dtype) -> Tensor",
     _embed,
     _embed_fake,
@@ -320,8 +322,8 @@ def embed_patches(
     images: Tensor,
     packed: Packed,
     weight: Tensor,
-    bias: Tensor,
-    pos_embed: Tensor,
+    bias: Tensor | None,
+    pos_embed: Tensor | None,
     *,
     patch_size: int,
     mean: Sequence[float] = IMAGENET_MEAN,
@@ -331,8 +333,8 @@ def embed_patches(
     """Patch embedding plus position of the patches that `packed` names: `Conv2d` with stride p, without the rest.
 
     images, packed, patch_size, mean, std: as for `gather_patches`.
-    weight:    `[D, C, p, p]`, bias `[D]`: those of the `Conv2d`.
-    pos_embed: `[N, D]` or `[1, N, D]`.
+    weight:    `[D, C, p, p]`, bias `[D]`: those of the `Conv2d`. Without a bias: None.
+    pos_embed: `[N, D]` or `[1, N, D]`; None leaves it to the caller, who may want it added to the result in fp32.
     dtype:     of the matrix product's inputs and of the result; None takes the weight's, under torch.autocast too. The
                product accumulates in fp32 or wider.
 
@@ -343,13 +345,14 @@ def embed_patches(
     channels = _check(images, packed, patch_size, mean, std, dtype)
     dim, num_patches = weight.shape[0], _num_patches(images, patch_size)
     check_tensor("weight", weight, f"{dim}, {channels}, {patch_size}, {patch_size}", device=images.device)
-    check_tensor("bias", bias, f"{dim}", device=images.device)
-    pos_shape = f"{num_patches}, {dim}"
-    leading = "1, " if isinstance(pos_embed, Tensor) and pos_embed.ndim == 3 else ""
-    check_tensor("pos_embed", pos_embed, leading + pos_shape, device=images.device)
-    pos_embed = pos_embed.reshape(num_patches, dim)
+    if bias is not None:
+        check_tensor("bias", bias, f"{dim}", device=images.device)
+    if pos_embed is not None:
+        leading = "1, " if isinstance(pos_embed, Tensor) and pos_embed.ndim == 3 else ""
+        check_tensor("pos_embed", pos_embed, f"{leading}{num_patches}, {dim}", device=images.device)
+        pos_embed = pos_embed.reshape(num_patches, dim)
     arguments = *packed, patch_size, mean, std, dtype
-    if not pos_embed.requires_grad or not torch.is_grad_enabled():
+    if pos_embed is None or not pos_embed.requires_grad or not torch.is_grad_enabled():
         return _embed_op(images, weight, bias, pos_embed, *arguments)
     position = gather_tokens(pos_embed[None], packed._replace(image=torch.zeros_like(packed.image)))
     return _embed_op(images, weight, bias, None, *arguments) + position.to(dtype)

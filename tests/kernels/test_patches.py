@@ -110,6 +110,25 @@ def test_tokens_and_gradients(device, patch_size, dim, kind, frozen):
         torch.testing.assert_close(leaf.grad.double(), leaf64.grad, rtol=0, atol=5 * 20 * 2**-24)  # 18 terms
 
 
+@pytest.mark.parametrize(("with_bias", "with_positions"), [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_without_bias_or_positions(device, with_bias, with_positions, frozen):
+    images, packed = random_images(2, 12, 16, torch.uint8, device=device), Packed.dense(2, 12, device)
+    g = torch.Generator().manual_seed(1)
+    weight, bias, pos_embed = (torch.randn(shape, generator=g).to(device) for shape in ((8, 3, 4, 4), (8,), (12, 8)))
+    pos_embed.requires_grad_(not frozen)
+    given = weight.requires_grad_(), bias if with_bias else None, pos_embed if with_positions else None
+    out = embed_patches(images, packed, *given, patch_size=4)
+    zeroed = weight, bias * with_bias, pos_embed * with_positions
+    want = expected_tokens(images, packed, *(leaf.detach().double() for leaf in zeroed))
+    # Sums of 50 fp32 products of order 1, as above.
+    torch.testing.assert_close(out.double(), want, rtol=0, atol=7 * 40 * 2**-24)
+    out.sum().backward()
+    patches = expected_patches(images, packed, 4).double()
+    wanted = patches.sum(0).expand(8, -1).view(8, 3, 4, 4)
+    torch.testing.assert_close(weight.grad.double(), wanted, rtol=0, atol=5 * 40 * 2**-24)  # 24 terms
+
+
 @pytest.mark.parametrize("frozen", [True, False])
 def test_tokens_in_bf16(device, frozen):
     """No further from float64 than twice what rounding patches, weights and result to bf16 costs by itself."""
@@ -273,7 +292,8 @@ def make(**change):
         ({"patch_size": 4.0}, "patch_size: want an int, got 4.0"),
         ({"patch_size": None}, "patch_size: want an int, got NoneType"),
         ({"packed": Packed.dense(2, 4)._replace(max_seqlen=None)}, "packed.max_seqlen: want an int, got NoneType"),
-        ({"pos_embed": None}, r"pos_embed: want a .* \[4, 5\] tensor on cpu, got NoneType"),
+        ({"pos_embed": 4}, r"pos_embed: want a .* \[4, 5\] tensor on cpu, got 4"),
+        ({"bias": 4}, r"bias: want a .* \[5\] tensor on cpu, got 4"),
         ({"std": (0.5, 0.0, 1.0)}, "mean, std: want 3 numbers each, .* std positive"),
         ({"dtype": torch.int32}, "dtype: want float32, bfloat16 or float16, got torch.int32"),
         ({"packed": Packed.dense(3, 4)}, r"packed.image: want images in \[0, 1\], got 0 to 2"),
