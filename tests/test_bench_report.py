@@ -116,6 +116,26 @@ def test_changes_are_against_the_record_before(results, tmp_path):
     assert "ema B16 ours |" not in text.partition("Against the record")[2], "a row that did not move is listed"
 
 
+def test_what_was_not_measured_again_stays(results, tmp_path):
+    """Each row is that of the newest record that has it, in the text and in the pictures."""
+    of_suite = {suite: [one for one in rows(scale=0.8) if one["suite"] == suite] for suite in ("step", "attention")}
+    for day, suite in ((22, "step"), (23, "attention")):
+        date = f"2026-11-{day}T10:00:00+00:00"
+        write(results / "some-processor", f"{suite}.json", of_suite[suite], commit=suite, date=date)
+    text = report(results, tmp_path)
+    now, second, first = text.split("### Not measured again since ")
+    assert "### Attention" in now
+    assert "images.png" not in now
+    assert second.startswith("2026-11-22, commit `step`")
+    assert "| ours | 800 ms" in second
+    assert "![images](results/some-processor/images.png)" in second
+    assert first.startswith("2026-11-21, commit `abc`")
+    assert "| ema | B16 | ours |" in first
+    assert "![roofline]" in first
+    assert "S16-truncate | 16 | ours" not in first
+    assert "| S/16 step, times as fast as straight | at least 1.25 | 1.25 (earlier) | yes |" in now
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_rows_that_two_runs_disagree_on_are_named(results, tmp_path):
     some = rows()

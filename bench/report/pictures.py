@@ -83,8 +83,8 @@ def images(rows: list[Row]) -> Figure | None:
         names = [name for name in providers if name in some]
         values = [some[name]["images_per_s"] for name in names]
         bars = axis.bar(range(len(names)), values, color=[_color(some[name]) for name in names])
-        axis.bar_label(bars, fmt="%.3g")
-        axis.set_xticks(range(len(names)), names)
+        axis.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], fontsize=8)
+        axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
         axis.set(title=f"{case}, batch {some[names[0]]['shapes']['batch']}", ylabel="images/s")
     return figure
 

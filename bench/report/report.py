@@ -1,7 +1,7 @@
 """Makes bench/RESULTS.md and its pictures of the records: `python bench/report.py [--results bench/results]`.
 
-For each device it shows the newest record, and what changed since the one before. Nothing in RESULTS.md is written by
-hand.
+For each device it shows the newest record, what changed since the one before, and of older ones the rows that were not
+measured again. Nothing in RESULTS.md is written by hand.
 """
 import argparse
 import json
@@ -77,8 +77,8 @@ def load(folder: Path) -> list[dict[str, Any]]:
 def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Path) -> list[str]:
     record, previous = records[-1], records[-2] if len(records) > 1 else None
     machine, rows = record["sessions"][-1], record["rows"]
-    now = {key_of(row) for row in rows if "seconds" in row}
-    earlier = [row for row in (previous or {"rows": []})["rows"] if "seconds" in row and key_of(row) not in now]
+    older = not_measured_again(records)
+    earlier = [row for _, some in older for row in some]
     loads = [session["load"][0] for session in record["sessions"]]
     # Later parts begin with the load average that earlier parts caused.
     busy = machine["type"] == "cpu" and (loads[0] > BUSY or max(loads) > machine["threads"] + BUSY)
@@ -98,15 +98,35 @@ def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Pat
         "",
         *table(("goal", "wanted", "measured", "met"), goal_lines(rows, earlier, machine["type"])),
     ]
-    drawn = pictures.draw(rows, machine["device"], folder)
+    drawn = pictures.draw([*rows, *earlier], machine["device"], folder)
     for suite, title in SUITES.items():
         some = [row for row in rows if row["suite"] == suite]
         if some:
             lines += ["", f"### {title}", "", *SECTION.get(suite, timed_table)(some)]
-            lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.get(suite, [])]
+            lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.pop(suite, [])]
     if without := left_out(rows):
         lines += ["", "### Without a figure", "", *(f"- {line}" for line in without)]
-    return [*lines, *repeated(rows), *changes(rows, previous), *not_measured_again(earlier, previous)]
+    lines += [*repeated(rows), *changes(rows, previous)]
+    for old, of_old in older:
+        date = old["sessions"][-1]["date"][:10]
+        lines += ["", f"### Not measured again since {date}, commit {commits(old)}"]
+        for suite, title in SUITES.items():
+            if some := [row for row in of_old if row["suite"] == suite]:
+                lines += ["", f"**{title}**", "", *SECTION.get(suite, timed_table)(some)]
+                lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.pop(suite, [])]
+    return lines
+
+
+def not_measured_again(records: list[dict[str, Any]]) -> list[tuple[dict[str, Any], list[Row]]]:
+    """Older records, newest first, each with the rows that no record after it has."""
+    seen = {key_of(row) for row in records[-1]["rows"] if "seconds" in row}
+    older = []
+    for record in reversed(records[:-1]):
+        rows = [row for row in record["rows"] if "seconds" in row and key_of(row) not in seen]
+        if rows:
+            older.append((record, rows))
+            seen |= {key_of(row) for row in rows}
+    return older
 
 
 def table(header: Cells, rows: Iterable[Cells]) -> list[str]:
@@ -236,18 +256,6 @@ def changes(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
     if not moved:
         return [*lines, "No median above 100 us moved by 5 % or more."]
     return lines + table(("row", "before", "now", "change"), moved)
-
-
-def not_measured_again(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
-    """`rows` that only the previous record has: a part of the suites was run since."""
-    lines = []
-    for suite, title in SUITES.items():
-        if some := [row for row in rows if row["suite"] == suite]:
-            lines += ["", f"**{title}**", "", *SECTION.get(suite, timed_table)(some)]
-    if not lines or previous is None:
-        return []
-    date = previous["sessions"][-1]["date"][:10]
-    return ["", f"### Not measured again since {date}, commit {commits(previous)}", *lines]
 
 
 def commits(record: dict[str, Any]) -> str:
