@@ -155,6 +155,7 @@ class AdamWEMA(torch.optim.AdamW):
         weight_decay: float = 0.01,
     ):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # so that GradScaler divides the gradients and leaves out steps itself
         self.targets, self.copies = dict(targets or {}), dict(copies or {})
         weights = self._weights()
         for what, pairs, of, dtypes in (

@@ -190,6 +190,26 @@ def test_bad_input(match, options):
         AdamWEMA([W]).step(momentum=1.5)
 
 
+def test_under_a_gradient_scaler(device):
+    """Gradients a power of two larger lose nothing; a step with an infinite one is left out."""
+    optimizer, ws, ts, _ = build(device)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    for step in (0, 1):
+        set_gradients(ws, step)
+        for p in ws:
+            p.grad *= 1024
+        if step:
+            ws[0].grad[3, 5] = float("inf")
+        scaler.scale(torch.zeros((), device=device))  # as of the loss: the scaler makes its tensors here
+        scaler.step(optimizer, momentum=0.9)
+        scaler.update()
+    plain, wanted, wanted_ts, _ = build(device)
+    set_gradients(wanted, 0)
+    plain.step(momentum=0.9)
+    for got, want in zip([*ws, *ts.values()], [*wanted, *wanted_ts.values()], strict=True):
+        assert torch.equal(got, want)
+
+
 @pytest.mark.gpu
 def test_no_wait_for_the_device():
     optimizer, ws, *_ = build("cuda")
