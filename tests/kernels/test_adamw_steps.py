@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ijepa_kernels import AdamWEMA, adamw, adamw_begin, adamw_tables
+from ijepa_kernels import AdamWEMA, adamw, adamw_begin, adamw_kernels, adamw_tables
 from test_adamw import B, F, build, run, set_gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -215,7 +215,7 @@ class NoOperator(TorchDispatchMode):
 def recorded(monkeypatch, built, **options):
     launches = []
     with monkeypatch.context() as patch:
-        for module, name in ((adamw_begin, "_begin_kernel"), (adamw, "_adamw_ema_kernel")):
+        for module, name in ((adamw_begin, "_begin_kernel"), (adamw_kernels, "_adamw_ema_kernel")):
             patch.setattr(module, name, Recorder(getattr(module, name), launches))
         with NoOperator():
             built[0].apply(**options)
