@@ -6,7 +6,8 @@
 
 AdamW after Loshchilov and Hutter (arXiv 1711.05101), in the order of `torch.optim.AdamW`; the average as `ema_update_`
 computes it. Bytes a parameter in fp32: five reads, four writes and two 16-bit copies are 40, of a parameter without a
-target 30. A fused AdamW (28), the average (12) and two casts (6 each) move 52.
+target 30. A fused AdamW (28), the average (12) and two casts (6 each) move 52. A target's copy in e4m3 takes a byte
+where 16 bits take two, and a scale a row.
 
 The kernels (`adamw_kernels`) find their tensors through tables of addresses, made when those are first seen
 (`adamw_tables`). Every step sends the groups' rates, one small copy that nobody waits for, and the addresses of
@@ -28,6 +29,7 @@ from .checks import FLOATS, describe, is_number
 from .compat import StorageWeakRef, foreach_copy_
 from .dispatch import use_triton
 from .ema import ema_update_
+from .fp8 import E4M3, RowScaled, padded_rows, quantize_rows
 
 
 class _Prepared(NamedTuple):
@@ -45,7 +47,9 @@ class AdamWEMA(torch.optim.AdamW):
 
     params:  as for AdamW, fp32: parameters or groups of them. DTensors are updated shard by shard.
     targets: of the parameters that have one, the tensor that averages it: fp32, of its shape.
-    copies:  of parameters and targets that have one, the tensor that receives it rounded, 16 bits wide.
+    copies:  of parameters and targets that have one, the tensor that receives it rounded, 16 bits wide; of a target
+             with two dimensions it may be a `RowScaled`, as `quantize_rows` makes it of that, and is written over to
+             the same bits. Not of shards: a scale is of a whole row.
     lr, betas, eps, weight_decay: as for AdamW; `lr` and `weight_decay` of a group may be changed between steps.
 
     `step` is `prepare`, the host's part, and `apply`, the device's. `state_dict` is AdamW's, both ways. On CUDA all
@@ -62,7 +66,7 @@ class AdamWEMA(torch.optim.AdamW):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         targets: Mapping[Any, Tensor] | None = None,
-        copies: Mapping[Any, Tensor] | None = None,
+        copies: Mapping[Any, Tensor | RowScaled] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -71,15 +75,17 @@ class AdamWEMA(torch.optim.AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # so that GradScaler divides the gradients and leaves out steps itself
         self.targets, self.copies = dict(targets or {}), dict(copies or {})
-        weights = self._weights()
+        weights, averages = self._weights(), set(self.targets.values())
         for what, pairs, of, dtypes in (
             ("targets", self.targets, set(weights), (torch.float32,)),
-            ("copies", self.copies, {*weights, *self.targets.values()}, FLOATS),
+            ("copies", self.copies, {*weights, *averages}, FLOATS),
         ):
             for key, value in pairs.items():
                 if key not in of:
                     raise ValueError(f"{what}: want parameters as keys, got {describe(key)}, which is none")
-                if value.shape != key.shape or value.device != key.device or value.dtype not in dtypes:
+                if what == "copies" and isinstance(value, RowScaled):
+                    _check_row_scaled(key, value, key in averages)
+                elif value.shape != key.shape or value.device != key.device or value.dtype not in dtypes:
                     raise ValueError(f"{what}: want a tensor of its parameter's shape and device, {describe(key)}, "
                                      f"got {describe(value)}")
         self.skipped = torch.zeros((), dtype=torch.int64, device=weights[0].device if weights else None)
@@ -196,8 +202,12 @@ class AdamWEMA(torch.optim.AdamW):
         sources = [p for p in weights if p in self.targets]
         targets = [self.targets[p] for p in sources]
         ema_update_(targets, sources, momentum)
+        for t in targets:
+            if isinstance(low := self.copies.get(t), RowScaled):
+                quantize_rows(t, low)
+                torch.autograd.graph.increment_version(low[:2])
         for some in (weights, targets):
-            if low := [t for t in some if t in self.copies]:
+            if low := [t for t in some if isinstance(self.copies.get(t), Tensor)]:
                 copies = [local(self.copies[t]) for t in low]
                 foreach_copy_(copies, [local(t).detach() for t in low])
                 torch.autograd.graph.increment_version(copies)  # on CUDA a foreach copy does not count as a change
@@ -248,10 +258,25 @@ class AdamWEMA(torch.optim.AdamW):
         rows = []
         for p, group, dtype in zip(weights, group_of, key[0], strict=True):
             state, target = self.state[p], self.targets.get(p)
-            target_copy = None if target is None else self.copies.get(target)
+            low = None if target is None else self.copies.get(target)
+            target_copy, scale = low[:2] if isinstance(low, RowScaled) else (low, None)
             moments = state["exp_avg"], state["exp_avg_sq"]
-            rows.append(Weight(p, *moments, target, self.copies.get(p), target_copy, group, dtype))
+            rows.append(Weight(p, *moments, target, self.copies.get(p), target_copy, scale, group, dtype))
         return Tables(key, self._owned(weights), rows, steps)
+
+
+def _check_row_scaled(key: Tensor, value: RowScaled, is_target: bool) -> None:
+    """Raise ValueError unless `value` is what `quantize_rows` makes of `key`, a target."""
+    if not is_target or key.ndim != 2 or hasattr(key, "to_local"):
+        kind = "sharded" if hasattr(key, "to_local") else "target" if is_target else "trained"
+        raise ValueError(f"copies: want a RowScaled for whole targets of two dimensions alone, got one for the {kind} "
+                         f"{describe(key)}")
+    rows, (values, scale, count) = padded_rows(key), value
+    shapes = (values.shape, scale.shape, count) == ((rows, key.shape[1]), (rows, 1), len(key))
+    dtypes = (values.dtype, scale.dtype) == (E4M3, torch.float32)
+    if not shapes or not dtypes or {values.device, scale.device} != {key.device}:
+        raise ValueError(f"copies: want a RowScaled as quantize_rows makes it of its target, {describe(key)}, got "
+                         f"{count} rows of {describe(values)} with scales {describe(scale)}")
 
 
 def _scalar(name: str, x: Tensor | None, dtypes: tuple[torch.dtype, ...], device: torch.device) -> Tensor | None:

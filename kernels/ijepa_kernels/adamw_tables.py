@@ -16,8 +16,8 @@ from torch import Tensor
 from .compat import StorageWeakRef
 from .dispatch import tl
 
-CHUNK = 1024  # elements a program. Chunks of 4,096 take twice the registers, and leave one program an SM
-FIELDS = 10  # of a row of a table
+CHUNK = 1024  # elements a program, or at a time. Chunks of 4,096 take twice the registers, and leave one program an SM
+FIELDS = 10  # of a row of a table; one more where scales are written
 GIVEN = 8  # fp64 numbers a group that the host sends: see `adamw_begin`
 RATES = 12  # fp32 numbers a group that the kernel reads, ten of them used: a row begins at a multiple of 16 bytes
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -48,12 +48,13 @@ class Weight(NamedTuple):
     target: Tensor | None
     copy: Tensor | None
     target_copy: Tensor | None
+    scale: Tensor | None  # of each row of target_copy, which then is in e4m3
     group: int
     grad_dtype: torch.dtype
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return self[:6]
+        return self[:7]
 
 
 class Launch(NamedTuple):
@@ -106,23 +107,38 @@ class Tables:
             self._sent = addresses
 
 
+def tile_of(width: int) -> dict[str, int]:
+    """How a program walks over its rows of `width` columns: BLOCK divides DIM, so that only rows can be cut."""
+    block = min(CHUNK, width & -width)  # the largest power of two that divides it
+    return dict(DIM=width, BLOCK=block, ROWS=CHUNK // block)
+
+
 def make_launches(weights: Iterable[Weight]) -> list[Launch]:
     """The tables, on the host. Raises ValueError for tensors with gaps."""
     parts: dict[tuple, list[Tensor]] = {}
     for position, weight in enumerate(weights):
         tensors = [None if x is None else local(x) for x in weight.tensors]
-        w, _, _, target, copy, target_copy = tensors
+        w, _, _, target, copy, target_copy, scale = tensors
         if any(x is not None and not x.is_contiguous() for x in tensors):
             raise ValueError(f"params: want contiguous tensors, targets and copies, got strides {w.stride()}")
-        starts = torch.arange(0, w.numel(), CHUNK)
-        count = (w.numel() - starts).clamp(max=CHUNK)
-        if any(x is not None and x.data_ptr() % 16 for x in tensors):
+        if not w.numel():
+            continue
+        copy_dtype, low_dtype = (None if x is None else _TL.get(x.dtype) for x in (copy, target_copy))
+        constexprs = dict(GRAD=_TL[weight.grad_dtype], COPY=copy_dtype)
+        if scale is None:  # in chunks of elements
+            constexprs |= dict(TARGET=target is not None, TARGET_COPY=low_dtype)
+            unit, units = 1, CHUNK
+        else:  # in rows
+            constexprs |= tile_of(w.shape[1])
+            unit, units = w.shape[1], constexprs["ROWS"]
+        firsts = torch.arange(0, w.numel() // unit, units)
+        count = (w.numel() // unit - firsts).clamp(max=units)
+        if any(x is not None and x.data_ptr() % 16 for x in tensors[:6]):
             count = -count
-        columns = [0 * starts if x is None else x.data_ptr() + x.element_size() * starts for x in tensors]
+        starts = unit * firsts
+        columns = [0 * starts if x is None else x.data_ptr() + x.element_size() * starts for x in tensors[:6]]
         columns += [torch.full_like(starts, position), starts, count, torch.full_like(starts, weight.group)]
-        dtypes = [None if x is None else _TL[x.dtype] for x in (copy, target_copy)]
-        kind = _TL[weight.grad_dtype], target is not None, *dtypes
-        if len(starts):
-            parts.setdefault(kind, []).append(torch.stack(columns, 1))
-    return [Launch(torch.cat(rows), dict(zip(("GRAD", "TARGET", "COPY", "TARGET_COPY"), kind, strict=True)))
-            for kind, rows in parts.items()]
+        if scale is not None:
+            columns.append(scale.data_ptr() + scale.element_size() * firsts)
+        parts.setdefault(tuple(constexprs.items()), []).append(torch.stack(columns, 1))
+    return [Launch(torch.cat(rows), dict(kind)) for kind, rows in parts.items()]
