@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from ijepa_kernels import AdamWEMA  # noqa: E402
+from ijepa_kernels import AdamWEMA, RowScaled  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from bench.harness.machine import commit  # noqa: E402
@@ -91,8 +91,12 @@ def count_update(counter: Counter) -> Callable[..., None]:
             for p in group["params"]:
                 target = optimizer.targets.get(p)
                 low = [optimizer.copies[x] for x in (p, target) if x in optimizer.copies]
-                moved += 7 * nbytes(p) + (0 if target is None else 2 * nbytes(target)) + sum(map(nbytes, low))
-                kinds.add((target is None, len(low)))
+                # Of e4m3 the rows that count, and their scales; it reads a target again, from the cache, for those.
+                rows = [x for x in low if isinstance(x, RowScaled)]
+                written = [part[: x.rows] for x in rows for part in (x.values, x.scale)]
+                written += [x for x in low if isinstance(x, Tensor)]
+                moved += 7 * nbytes(p) + (0 if target is None else 2 * nbytes(target)) + sum(map(nbytes, written))
+                kinds.add((target is None, len(low), *(x.values.shape[1] for x in rows)))
         # The kernel that begins the update, and two small copies: rates, and addresses of gradients.
         counter.add("optimizer", Tally(other_bytes=moved, launches=len(kinds) + 3))
 
@@ -145,8 +149,7 @@ def count(config: Config, micro_batch: int) -> Counter:
     )
     state.target_encoder.every_patch(images)  # made once, as the copies below; each update writes those anew
     for model in (state.encoder, state.predictor, state.target_encoder):
-        if model.copies is not None:
-            model.copies.refresh()
+        model.refresh_copies()
     counter.part = "loss"
     with mock.patch.object(AdamWEMA, "step", count_update(counter)), counter:
         step.update(run, 0, iter([batch]))

@@ -3,7 +3,7 @@
 A layer multiplies with its copy; the gradient goes to the fp32 weight, which alone is trained, averaged and saved. A
 copy is never stale: tensors count their changes in place, and `Copies.refresh`, at the beginning of a model's forward,
 rounds those weights again that were changed since (changes through `.data` alone are not counted). Whoever changes
-weights and rounds them in the same pass says so by `Copies.mark_fresh`.
+weights and rounds them in the same pass says so by `Copies.mark_fresh`. Copies in e4m3 are kept alike (`fp8`).
 """
 from collections.abc import Iterable
 

@@ -9,7 +9,8 @@ Probes of a run look at these features too; `evaluate` and `embed` build encoder
 from typing import TYPE_CHECKING
 
 import torch
-from ijepa_kernels import quantize_rows
+from ijepa_kernels import RowScaled, quantize_rows
+from ijepa_kernels.fp8 import empty_row_scaled
 
 from ijepa_fast import compat
 from ijepa_fast.blocks import Block, Linear
@@ -45,18 +46,26 @@ def check_fp8(device: torch.device, compute_dtype: torch.dtype) -> None:
 
 
 class QuantizedWeights:
-    """The weights of a model's fp8 layers in e4m3, rounded again at the beginning of a forward if they have changed."""
+    """The weights of a model's fp8 layers in e4m3: what `Copies` is for those of 16 bits.
+
+    They stay where they are, for a captured graph reads them, and the optimizer writes them with the weights.
+    """
 
     def __init__(self, layers: list[Linear]):
-        self.layers = layers
+        self.weights = [layer.weight for layer in layers]
+        self.copies = [RowScaled(*empty_row_scaled(weight), len(weight)) for weight in self.weights]
         self._seen = [-1] * len(layers)  # the counts of changes
+        for layer, low in zip(layers, self.copies, strict=True):
+            layer.quantized = low
 
-    @torch.inference_mode(False)  # a training step may write over them later
     @torch.no_grad()
     def refresh(self) -> None:
-        for i, layer in enumerate(self.layers):
-            count = compat.changes(layer.weight)
+        for i, (weight, low) in enumerate(zip(self.weights, self.copies, strict=True)):
+            count = compat.changes(weight)
             if count != self._seen[i]:
-                # Into the same memory: there a captured graph reads it.
-                layer.quantized = quantize_rows(layer.weight, layer.quantized)
+                quantize_rows(weight, low)
                 self._seen[i] = count
+
+    def mark_fresh(self) -> None:
+        """All of them were just written."""
+        self._seen = [compat.changes(weight) for weight in self.weights]

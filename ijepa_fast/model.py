@@ -110,6 +110,10 @@ class VisionTransformer(nn.Module):
         """Make the copies of changed weights anew, as each forward does at its beginning."""
         self.patch_embed.refresh_copies()
 
+    def kept_copies(self) -> list[Copies | QuantizedWeights]:
+        """All of them, which the optimizer writes with the weights."""
+        return self.patch_embed.encoder_copies
+
     def every_patch(self, images: Tensor) -> Packed:
         """`Packed.dense` of a batch, kept on the device for the next batch of that size."""
         if torch.compiler.is_compiling() or type(images) is not Tensor:
@@ -174,6 +178,10 @@ class Predictor(nn.Module):
         """Make the copies of changed weights anew, as each forward does at its beginning."""
         if self.copies is not None:
             self.copies.refresh()
+
+    def kept_copies(self) -> list[Copies]:
+        """As the encoder's."""
+        return [] if self.copies is None else [self.copies]
 
     def _each_once(self, x: Tensor, context: Packed) -> Tensor:
         """The tokens of the contexts, and a mask token at every patch, with their positions: `Distinct.x`."""

@@ -3,8 +3,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from ijepa_kernels import AdamWEMA
-from torch import nn
+from ijepa_kernels import AdamWEMA, RowScaled
+from torch import Tensor, nn
 
 from ijepa_fast.config import OptimConfig
 from ijepa_fast.model import Predictor, VisionTransformer
@@ -119,8 +119,10 @@ def build_optimizer(
     if target_encoder is not None:
         pairs = zip(encoder.parameters(), target_encoder.parameters(), strict=True)
         targets = {source: target for source, target in pairs if source.requires_grad}  # not the frozen positions
-    kept = [model.copies for model in (encoder, predictor, target_encoder) if model is not None]
-    copies = {w: copy for one in kept if one is not None for w, copy in zip(one.weights, one.copies, strict=True)}
+    kept = [one for model in (encoder, predictor, target_encoder) if model is not None for one in model.kept_copies()]
+    copies: dict[Tensor, Tensor | RowScaled] = {}
+    for one in kept:
+        copies.update(zip(one.weights, one.copies, strict=True))
     groups = param_groups(encoder, predictor)
     return AdamWEMA(groups, targets=targets, copies=copies, lr=0.0, betas=betas, eps=eps, weight_decay=0.0)
 

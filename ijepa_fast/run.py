@@ -49,8 +49,8 @@ class TrainState:
         if not keep_gradients:
             self.optimizer.zero_grad(set_to_none=True)
         for model in (self.encoder, self.predictor, self.target_encoder):
-            if model.copies is not None:
-                model.copies.mark_fresh()
+            for copies in model.kept_copies():
+                copies.mark_fresh()
 
 
 class Run(NamedTuple):

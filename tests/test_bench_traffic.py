@@ -101,6 +101,17 @@ def test_biases_are_summed_by_our_op(step):
     assert step[1].by_kind()["sum"].launches == 2 * (13 + 2) + 1
 
 
+def test_targets_in_e4m3_are_written_with_the_update(step, tiny_config):
+    """A byte each and a scale a row, where bf16 has two bytes; no pass of its own, a launch for each of two widths."""
+    counter = traffic.count(traffic.load(tiny_config, 8, ["model.target_dtype=fp8", "model.fp8_blocks=all"]), 8)
+    before, after = step[1].by_kind()["optimizer"], counter.by_kind()["optimizer"]
+    rows, wide = (3 + 4) * 192, 4 * 192
+    elements = rows * 192 + 192 * wide
+    assert before.other_bytes - after.other_bytes == 12 * (elements - 4 * (rows + 192))
+    assert after.launches - before.launches == 2
+    assert "copies of weights" not in counter.by_kind()
+
+
 def test_every_part_of_a_step_is_there(step):
     parts = step[1].by_part()
     forward = {f"{name} forward" for name in ("target", "context", "predictor")}

@@ -8,8 +8,9 @@ from torch import nn
 
 from ijepa_fast import fp8
 from ijepa_fast.errors import UserError
-from ijepa_fast.fp8 import QuantizedWeights, check_fp8, use_fp8
+from ijepa_fast.fp8 import check_fp8, use_fp8
 from ijepa_fast.model import VisionTransformer, keep_copies
+from ijepa_fast.run import TrainState
 
 IMAGES = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
 ROWS = torch.tensor([3, 40, 60])
@@ -70,6 +71,35 @@ def test_a_changed_weight_is_rounded_again_into_its_place(monkeypatch):
     assert torch.equal(fresh(IMAGES), changed)
 
 
+@pytest.mark.long
+def test_a_run_rounds_them_once_and_the_optimizer_from_then_on(train, tmp_path, monkeypatch):
+    """Three updates, and three more after a resume: the first forward of a process is the only one that rounds."""
+    passes, states = [], {}
+    quantize, update = fp8.quantize_rows, TrainState.update
+    monkeypatch.setattr(fp8, "quantize_rows", lambda x, out: passes.append(x) or quantize(x, out))
+
+    def updated(state, *args, **options):
+        layers = [part for part in state.target_encoder.modules() if getattr(part, "fp8", False)]
+        before = [layer.quantized.values.clone() for layer in layers]
+        update(state, *args, **options)
+        for layer, old in zip(layers, before, strict=True):
+            assert not torch.equal(layer.quantized.values.view(torch.uint8), old.view(torch.uint8))
+            want = quantize(layer.weight)
+            assert torch.equal(layer.quantized.values.view(torch.uint8), want.values.view(torch.uint8))
+            assert torch.equal(layer.quantized.scale, want.scale)
+        states.setdefault(id(state), [state]).append(len(passes))
+
+    monkeypatch.setattr(TrainState, "update", updated)
+    run = (f"train.folder={tmp_path}", "optim.epoch_length=3", "model.target_dtype=fp8", "optim.warmup_epochs=0")
+    run = (*run, "optim.lr=0.01", "optim.momentum=[0.5, 1.0]")
+    for epochs, *resumed in ((1,), (2, "--resume", "--extend")):
+        passes.clear()
+        outcome = train(*run, f"optim.epochs={epochs}", *resumed)
+        assert outcome.code == 0, outcome.err
+        assert len(passes) == 3 * 10  # three weights of all blocks but the first and the last
+    assert [seen for _, *seen in states.values()] == [[30] * 3] * 2
+
+
 def test_rounded_in_inference_mode_they_are_written_over_later():
     encoder = quantised()
     with torch.inference_mode():
@@ -91,12 +121,11 @@ def test_only_the_other_weights_have_copies():
     """What is read in e4m3 has no 16-bit copy, which the optimizer would write for nobody."""
     encoder = quantised(compute_dtype=torch.bfloat16)
     names = {id(p): name for name, p in encoder.named_parameters()}
-    copied = {names[id(w)] for w in encoder.copies.weights}
+    copied, rounded = ({names[id(w)] for w in copies.weights} for copies in encoder.kept_copies())
     layers = {name for name, part in encoder.named_modules() if isinstance(part, nn.Linear | nn.Conv2d)}
     low = ("attn.qkv", "mlp.fc1", "mlp.fc2")
     assert copied == {f"{name}.bias" for name in layers} | {f"{n}.weight" for n in layers if not n.endswith(low)}
-    of_fp8 = next(copies for copies in encoder.patch_embed.encoder_copies if isinstance(copies, QuantizedWeights))
-    assert len(of_fp8.layers) == len(low) * len(encoder.blocks)
+    assert rounded == {f"{name}.weight" for name in layers if name.endswith(low)}
 
 
 def test_a_gpu_without_such_products_is_named(monkeypatch):
