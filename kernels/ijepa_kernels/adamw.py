@@ -179,6 +179,7 @@ class AdamWEMA(torch.optim.AdamW):
             self._launch(tables, finite, grad_scale)
         elif finite is not None and not (finite if finite.dtype == torch.bool else finite.isfinite()):
             self.skipped += 1
+            self._begin_state([p for p in weights if p.grad is not None])
         elif weights:
             self._step_plain(weights, momentum, grad_scale)
 
@@ -215,6 +216,16 @@ class AdamWEMA(torch.optim.AdamW):
     def _weights(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    def _begin_state(self, weights: list[Tensor]) -> None:
+        """As AdamW begins it, for those that have none: a skipped first step leaves it, with a count of 0, to save."""
+        for p in weights:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=local(p).device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+
     def _replace_tables(self, tables: Tables | None) -> None:
         if tables is not self._tables:
             self._tables = tables
@@ -239,13 +250,7 @@ class AdamWEMA(torch.optim.AdamW):
 
     def _make_tables(self, weights: list[Tensor], key: tuple[list[torch.dtype], list[int]]) -> Tables:
         device = local(weights[0]).device
-        for p in weights:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
+        self._begin_state(weights)
         steps = torch.stack([self.state[p]["step"].to(device, torch.float32) for p in weights])
         counts = {int(count) for count in steps.tolist()}  # the one time that the device is asked
         if len(counts) > 1:

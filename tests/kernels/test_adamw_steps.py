@@ -58,6 +58,10 @@ def test_the_first_step_may_be_skipped(device):
     weights = [w.detach().clone() for w in built[1]]
     step(built, 0, finite=torch.tensor(False, device=device))
     assert all(torch.equal(a, b) for a, b in zip(weights, built[1], strict=True))
+    # There is a state to save, as after any step: without one a checkpoint would make it by a step of its own.
+    with_gradient = [w for w in built[1] if w.grad is not None]
+    assert [float(built[0].state[w]["step"]) for w in with_gradient] == [0.0] * len(with_gradient)
+    assert not any(built[0].state[w][name].any() for w in with_gradient for name in ("exp_avg", "exp_avg_sq"))
     step(built, 1)
     twin = build(device)
     step(twin, 1)
