@@ -48,7 +48,7 @@ class World:
         return self.rank == 0
 
     def mean(self, x: Tensor) -> Tensor:
-        """The mean of `x` over all ranks."""
+        """The mean of `x` over all ranks, which takes its place; of a CUDA tensor the host does not wait for it."""
         if self.size > 1:
             dist.all_reduce(x)
             x /= self.size

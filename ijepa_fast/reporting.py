@@ -47,7 +47,7 @@ def report_extension(before: Config, run: Run, step: int, console: Console) -> N
 
 def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:
     """Read the losses since the last time from the device, all at once, and write their rows."""
-    losses = run.world.mean(torch.stack([update.loss for update in unread])).tolist()
+    losses = torch.stack([update.loss for update in unread]).tolist()
     rows = [u.row(loss, rates, run.schedule.steps_per_epoch) for loss, u in zip(losses, unread, strict=True)]
     unread.clear()
     finite = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows))

@@ -17,7 +17,7 @@ from ijepa_fast.run import Run
 
 
 class Update(NamedTuple):
-    loss: Tensor  # this rank's part, on the device
+    loss: Tensor  # fp32 [] on the device: of the global batch
     step: int  # from 0
     lr: float
     weight_decay: float
@@ -26,7 +26,7 @@ class Update(NamedTuple):
     bad: list[BadImage]  # of this rank
 
     def row(self, loss: float, rates: Rates, steps_per_epoch: int) -> StepRow:
-        """Its row of the log; `loss` is that of the global batch."""
+        """Its row of the log; `loss` as read from the device."""
         epoch, itr = divmod(self.step, steps_per_epoch)
         return StepRow(
             epoch=epoch + 1,
@@ -56,6 +56,7 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
             loss += backward(run, batch, denominator)
             counts.add(batch, run.config.grid**2)
             bad += batch.bad
+        loss = run.world.mean(loss)
         run.state.update(momentum, keep_gradients=run.graphed is not None)
     return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 

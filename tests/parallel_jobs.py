@@ -208,7 +208,7 @@ def train_wide(argv: list[str]) -> list[float]:
         config, _ = load_config(argv[1], argv[2:])
         with distributed.join(config) as world, build_run(config, world) as run:
             batches = run.data.loader.batches(0, 3)
-            return [float(world.mean(driver.update(run, number, batches).loss)) for number in range(3)]
+            return [float(driver.update(run, number, batches).loss) for number in range(3)]
 
 
 def weights(run_folder: Path) -> dict[str, torch.Tensor]:
