@@ -2,8 +2,9 @@
 
 log.csv begins with the released code's columns (epoch from 1, itr from 0 within it) and has a row an update. log.jsonl
 has the same rows as objects of kind "step", the probes as objects of kind "probe", and sentences about the run as
-objects of kind "note". All files are cut back to a checkpoint's step on resume, so a run that was interrupted reads
-like one that was not.
+objects of kind "note". An update that was skipped has a row without a loss, since JSON has no NaN: empty in the one,
+null in the other. All files are cut back to a checkpoint's step on resume, so a run that was interrupted reads like one
+that was not.
 """
 import contextlib
 import csv
@@ -36,7 +37,7 @@ class StepRow(NamedTuple):
 
     epoch: int  # from 1
     itr: int  # from 0, within the epoch
-    loss: float
+    loss: float | None  # None where it is not finite, and the update was skipped
     context_tokens: float  # of a context sequence, the mean
     target_tokens: float  # of a target block, the mean
     time_ms: float  # of an update
@@ -76,12 +77,14 @@ class RunLog:
     ):
         self.active, self._trackers = active, trackers
         self.probes: list[dict[str, Any]] = []  # of the run so far
+        self.skipped = 0  # updates of the run so far
         if not active:
             return
         self.csv_path, self.jsonl_path = folder / "log.csv", folder / "log.jsonl"
         self._cut_back(resume_step)
         if self.jsonl_path.exists():
-            self.probes = read_log(folder)[1]
+            steps, self.probes = read_log(folder)
+            self.skipped = sum(row["loss"] is None for row in steps)
         self._csv = open(self.csv_path, "a", newline="")  # noqa: SIM115 (open as long as the run)
         self._jsonl = open(self.jsonl_path, "a")  # noqa: SIM115
         self._rows = csv.writer(self._csv, lineterminator="\n")
@@ -100,6 +103,7 @@ class RunLog:
         """Add one row an update; TensorBoard gets the last one."""
         if not self.active or not rows:
             return
+        self.skipped += sum(row.loss is None for row in rows)
         with naming(self.csv_path):
             self._rows.writerows(rows)
             self._csv.flush()
@@ -332,8 +336,9 @@ class Bar:
         """Show the last row of those that were logged together."""
         left = (self.total_steps - row.step) * row.time_ms / 1000
         speed = f"{row.tflops:.3g} TFLOP/s" if row.mfu is None else f"MFU {row.mfu:.1%}"
+        loss = "not finite" if row.loss is None else f"{row.loss:.4f}"
         numbers = (
-            f"loss {row.loss:.4f}  lr {row.lr:.2e}  momentum {row.momentum:.5f}  {row.images_s:.1f} images/s  "
+            f"loss {loss}  lr {row.lr:.2e}  momentum {row.momentum:.5f}  {row.images_s:.1f} images/s  "
             f"{row.tokens_s:.0f} tokens/s  {speed}  data wait {row.data_wait:.0%}"
         )
         epoch = f"epoch {row.epoch}/{self.epochs}"

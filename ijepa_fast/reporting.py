@@ -1,5 +1,4 @@
 """What a run says and writes: rows of its log, bad images, probes, and at its end the pictures."""
-import itertools
 import math
 
 import torch
@@ -13,7 +12,7 @@ from ijepa_fast.data.bad import Account
 from ijepa_fast.errors import SharedError
 from ijepa_fast.evaluation.collapse import collapse_warning
 from ijepa_fast.memory import memory_advice
-from ijepa_fast.metrics import Bar, Rates, RunLog
+from ijepa_fast.metrics import Bar, Rates, RunLog, StepRow
 from ijepa_fast.optim import build_schedule
 from ijepa_fast.run import Run
 from ijepa_fast.step import Update
@@ -24,6 +23,9 @@ from ijepa_fast.view.masks import masks_sheet, masks_title
 
 SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
 MOST_LINES = 20  # on bad images, at a time
+# Updates in a row. A bad batch spoils one or two; weights that give no finite loss for ten batches give none any more,
+# since nothing changes them, and every further step is lost time.
+MOST_SKIPPED = 10
 
 
 def open_log(config: Config, first: int, active: bool) -> RunLog:
@@ -45,17 +47,32 @@ def report_extension(before: Config, run: Run, step: int, console: Console) -> N
     )
 
 
-def write_rows(run: Run, unread: list[Update], rates: Rates, log: RunLog, bar: Bar) -> None:
-    """Read the losses since the last time from the device, all at once, and write their rows."""
+def write_rows(run: Run, unread: list[Update], skipped: int, rates: Rates, log: RunLog, bar: Bar) -> int:
+    """Read the losses since the last time from the device, all at once, write their rows, and name skipped updates.
+
+    `skipped`: how many updates in a row were, up to the last one of the last time. Returns how many are, up to now.
+    """
     losses = torch.stack([update.loss for update in unread]).tolist()
-    rows = [u.row(loss, rates, run.schedule.steps_per_epoch) for loss, u in zip(losses, unread, strict=True)]
+    rows, before, bad = list[StepRow](), log.skipped, list[tuple[int, float]]()
+    for loss, update in zip(losses, unread, strict=True):
+        finite = math.isfinite(loss)
+        rows.append(update.row(loss if finite else None, rates, run.schedule.steps_per_epoch))
+        skipped = 0 if finite else skipped + 1
+        if not finite:
+            bad.append((rows[-1].step, loss))
+        if skipped == MOST_SKIPPED:  # what came after it is not looked at, whatever `log.every` is
+            break
     unread.clear()
-    finite = list(itertools.takewhile(lambda row: math.isfinite(row.loss), rows))
-    log.steps(finite)
-    if len(finite) < len(rows):
-        bad = rows[len(finite)]
-        raise diverged(f"the loss of step {bad.step} is {bad.loss}")
+    log.steps(rows)
+    for number, (step, loss) in enumerate(bad, before + 1):
+        warning = f"the loss of step {step} is {loss}: its update was skipped ({number} so far)"
+        log.note(step, warning)
+        bar.console.print(f"warning: {warning}")
+    if skipped == MOST_SKIPPED:
+        step, loss = bad[-1]
+        raise diverged(f"{skipped} updates in a row were skipped, up to step {step}, whose loss is {loss}")
     bar.report(rows[-1])
+    return skipped
 
 
 def report_bad(run: Run, unread: list[Update], account: Account, done: int, console: Console) -> None:
@@ -77,7 +94,7 @@ def report_bad(run: Run, unread: list[Update], account: Account, done: int, cons
 
 
 def check_weights(run: Run, step: int) -> None:
-    """The loss is computed before the update, so a finite one does not prove that what would be saved is finite."""
+    """The loss is computed before the gradients, so a finite one does not prove that what would be saved is finite."""
     parameters = run.state.trained().parameters()
     finite = torch.stack([parallel.local(parameter).isfinite().all() for parameter in parameters]).all()
     if run.world.any(not finite):

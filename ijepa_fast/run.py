@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ijepa_kernels import AdamWEMA
-from torch import nn
+from torch import Tensor, nn
 
 from ijepa_fast.config import Config
 from ijepa_fast.data.index import Index, build_index
@@ -43,9 +43,12 @@ class TrainState:
         """What the optimizer steps; its parameter names key the optimizer's state."""
         return nn.ModuleDict({"encoder": self.encoder, "predictor": self.predictor})
 
-    def update(self, momentum: float, *, keep_gradients: bool = False) -> None:
-        """Step the trained models by their gradients, which are dropped, and the target encoder after them."""
-        self.optimizer.step(momentum=momentum)
+    def update(self, momentum: float, *, finite: Tensor | None = None, keep_gradients: bool = False) -> None:
+        """Step the trained models by their gradients, which are dropped, and the target encoder after them.
+
+        finite: fp32 [], on the device, the same on all ranks; where it is not, nothing changes. See `AdamWEMA.apply`.
+        """
+        self.optimizer.step(momentum=momentum, finite=finite)
         if not keep_gradients:
             self.optimizer.zero_grad(set_to_none=True)
         for model in (self.encoder, self.predictor, self.target_encoder):

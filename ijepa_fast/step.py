@@ -17,7 +17,7 @@ from ijepa_fast.run import Run
 
 
 class Update(NamedTuple):
-    loss: Tensor  # fp32 [] on the device: of the global batch
+    loss: Tensor  # fp32 [] on the device: of the global batch. Where it is not finite, the update was skipped
     step: int  # from 0
     lr: float
     weight_decay: float
@@ -25,8 +25,8 @@ class Update(NamedTuple):
     counts: TokenCounts  # of this rank
     bad: list[BadImage]  # of this rank
 
-    def row(self, loss: float, rates: Rates, steps_per_epoch: int) -> StepRow:
-        """Its row of the log; `loss` as read from the device."""
+    def row(self, loss: float | None, rates: Rates, steps_per_epoch: int) -> StepRow:
+        """Its row of the log; `loss` as read from the device, None where it is not finite."""
         epoch, itr = divmod(self.step, steps_per_epoch)
         return StepRow(
             epoch=epoch + 1,
@@ -43,7 +43,10 @@ class Update(NamedTuple):
 
 
 def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
-    """Make update `step` (from 0) with the next micro-batches of this rank. Does not wait for a CUDA device."""
+    """Make update `step` (from 0) with the next micro-batches of this rank. Does not wait for a CUDA device.
+
+    Where the loss is not finite, weights, optimizer and target encoder stay as they are: the device skips the update.
+    """
     lr, weight_decay = set_rates(run.state.optimizer, run.schedule, step)
     momentum = run.schedule.momentum(step)
     denominator = run.loss_denominator(step)
@@ -56,8 +59,8 @@ def update(run: Run, step: int, batches: Iterator[Batch]) -> Update:
             loss += backward(run, batch, denominator)
             counts.add(batch, run.config.grid**2)
             bad += batch.bad
-        loss = run.world.mean(loss)
-        run.state.update(momentum, keep_gradients=run.graphed is not None)
+        loss = run.world.mean(loss)  # one for all ranks, which skip together or not at all
+        run.state.update(momentum, finite=loss, keep_gradients=run.graphed is not None)
     return Update(loss, step, lr, weight_decay, momentum, counts, bad)
 
 

@@ -33,19 +33,21 @@ def environment(config: Config, world: World) -> str:
 def write_summary(folder: Path, total_steps: int, checkpoint: Path) -> dict[str, Any] | None:
     """Write summary.json from the log: the last figures of a run, or of the part of it that is done.
 
-    `seconds`: of the updates alone, over all processes in a row that made them. `probe` is the last one, None where
-    there was none. Without a row there is no summary.
+    `seconds`: of the updates alone, over all processes in a row that made them. `loss` is the last one that was finite,
+    `probe` the last one, each None where there was none; `skipped` counts the losses that were not finite. Without a
+    row there is no summary.
     """
     steps, probes = read_log(folder)
     if not steps:
         return None
-    last = steps[-1]
+    last, losses = steps[-1], [row["loss"] for row in steps if row["loss"] is not None]
     summary = {
         "finished": last["step"] == total_steps,
         "step": last["step"],
         "total_steps": total_steps,
         "epoch": last["epoch"],
-        "loss": last["loss"],
+        "loss": losses[-1] if losses else None,
+        "skipped": len(steps) - len(losses),
         "images/s": last["images/s"],
         "seconds": round(sum(row["time (ms)"] for row in steps) / 1000, 1),
         "probe": {key: value for key, value in probes[-1].items() if key != "kind"} if probes else None,
@@ -58,11 +60,14 @@ def write_summary(folder: Path, total_steps: int, checkpoint: Path) -> dict[str,
 
 
 def last_line(summary: dict[str, Any]) -> str:
-    seconds = round(summary["seconds"])
+    seconds, loss = round(summary["seconds"]), summary["loss"]
     line = (
         f"{summary['step']} of {summary['total_steps']} steps in {seconds // 3600}:{seconds // 60 % 60:02d}:"
-        f"{seconds % 60:02d}: loss {summary['loss']:.4f}, {summary['images/s']:.1f} images/s"
+        f"{seconds % 60:02d}: loss {'never finite' if loss is None else f'{loss:.4f}'}, "
+        f"{summary['images/s']:.1f} images/s"
     )
+    if summary["skipped"]:
+        line += f", {summary['skipped']} update{'s' * (summary['skipped'] != 1)} skipped"
     probe = summary["probe"] or {}
     if "rankme" in probe:
         line += f", RankMe {probe['rankme']:.1f}"

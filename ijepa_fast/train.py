@@ -90,6 +90,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
     total, save_every = run.total_steps, config.train.checkpoint_every or run.schedule.steps_per_epoch
     probe_every, peak = config.log.probe_every or total, peak_flops(world.device)
     unread: list[Update] = []  # updates whose loss is still on the device
+    skipped, save_due = 0, False  # updates skipped in a row, up to the last one that was read
     vote = Vote(world, first, most=config.log.every)
 
     with (
@@ -109,7 +110,7 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
                 unread.append(update(run, step, batches))
             except NoDataError as error:  # update `step` has changed nothing yet
                 if unread and world.size == 1:
-                    write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
+                    write_rows(run, unread, skipped, meter.rates(loader.wait_s), log, bar)
                 leave_without_data(run, checkpoints, account, done, saved, stop, error)
             count_step()
             counts = unread[-1].counts
@@ -120,18 +121,19 @@ def loop(run: Run, checkpoints: Checkpoints, account: Account, first: int, conso
 
             end = done == total
             leave = vote(done, stop.requested or checkpoints.failed) or end
-            save_now = leave or done % save_every == 0
+            save_due = save_due or leave or done % save_every == 0
             probe_now = run.probe is not None and (end or done % probe_every == 0)
-            if save_now or probe_now or done % config.log.every == 0:
+            if save_due or probe_now or done % config.log.every == 0:
                 report_bad(run, unread, account, done, console)
-                write_rows(run, unread, meter.rates(loader.wait_s), log, bar)
-                if probe_now or save_now:
+                skipped = write_rows(run, unread, skipped, meter.rates(loader.wait_s), log, bar)
+                if probe_now or save_due:
                     check_weights(run, done)
                 if probe_now:
                     run_probe(run, done, log, console)
-                if save_now:
+                # Not among skipped updates: each checkpoint there would, by `keep_last`, take the place of a good one.
+                if save_due and (leave or not skipped):
                     checkpoints.begin(done, run.state, config, account.state())
-                    saved = done
+                    saved, save_due = done, False
                 meter = Meter(loader.wait_s, peak)
             if leave:
                 break

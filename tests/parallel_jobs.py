@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from spoiled import spoil
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -119,6 +120,23 @@ def vote(paces: list[float], wanted: int, most: int) -> tuple[list[int], int]:
             if ask(done, world.rank == 1 and done >= wanted):
                 return asked, done
     raise AssertionError("nobody left")
+
+
+def train_spoiled(argv: list[str], rank: int, numbers: set[int]) -> tuple[int, int]:
+    """That rank's loss is NaN in these steps. Exit code, and how many updates this rank's optimizer skipped."""
+    optimizers, update = set(), driver.update
+
+    def watched(run: Run, at: int, batches: Iterator[Batch]) -> Any:
+        optimizers.add(run.state.optimizer)
+        return update(run, at, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "update", watched)
+        if int(os.environ["RANK"]) == rank:
+            spoil(patch, numbers)
+        code = train(argv)
+    (optimizer,) = optimizers
+    return code, int(optimizer.skipped)
 
 
 def train_compiled(argv: list[str]) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The run's log: released columns first, three formats that agree, cut back exactly, pictures and rates."""
 import csv
 import itertools
+import json
 import math
 import os
 from pathlib import Path
@@ -21,6 +22,7 @@ from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.metrics import COLUMNS, Bar, Meter, Rates, RunLog, StepRow, TokenCounts, read_log
 from ijepa_fast.model import build_encoder, build_predictor
 from ijepa_fast.view.curves import draw_curves, smoothed
+from ijepa_fast.view.runs import draw_runs
 
 
 def row(step: int) -> StepRow:
@@ -160,6 +162,35 @@ def test_tensorboard_has_every_number_but_the_counters(tmp_path):
     expected = {f"train/{name}" for name in COLUMNS if name not in ("epoch", "itr", "step")}
     probes = {"probe/rankme", "probe/knn", "probe/linear"}
     assert {tag.replace("time__ms_", "time (ms)") for tag in tags} == expected | probes
+
+
+def test_a_skipped_update_has_a_row_without_a_loss(tmp_path):
+    """Empty, null, no point, a gap; counted over a run that is resumed, which drops what lies after its checkpoint."""
+    for resume_step, steps, skipped, count in ((0, range(1, 9), (1, 4, 8), 3), (6, (7, 8), (7,), 3)):
+        log = RunLog(tmp_path, resume_step, tensorboard=True)
+        assert log.skipped == (2 if resume_step else 0)
+        for step in steps:
+            log.steps([row(step)._replace(loss=None) if step in skipped else row(step)])
+        log.close()
+        assert log.skipped == count
+    losses = [None if step in (1, 4, 7) else 1 / 3 / step for step in range(1, 9)]
+    lines = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line, parse_constant=pytest.fail)["loss"] for line in lines] == losses
+    with open(tmp_path / "log.csv", newline="") as file:
+        assert [line["loss"] for line in csv.DictReader(file)] == ["" if x is None else repr(x) for x in losses]
+    made = [(step, np.float32(x)) for step, x in enumerate(losses, 1) if x is not None]
+    assert events(tmp_path, "train/loss") == made
+    assert len(events(tmp_path, "train/lr")) == 8
+    assert draw_curves(tmp_path).exists()
+    assert draw_runs([tmp_path], tmp_path / "runs.png").exists()
+
+
+def test_curves_of_a_run_that_made_no_update(tmp_path):
+    log = RunLog(tmp_path, 0, tensorboard=False)
+    log.steps([row(1)._replace(loss=None)])
+    log.close()
+    assert draw_curves(tmp_path).exists()
+    assert draw_runs([tmp_path], tmp_path / "runs.png").exists()
 
 
 def test_read_log_of_what_is_no_run(tmp_path):
@@ -332,6 +363,13 @@ def test_smoothed_loss_follows_a_constant_and_lags_a_step():
     assert smooth[0] == 0
     assert all(a < b for a, b in itertools.pairwise(smooth[:50]))
     assert math.isclose(smooth[-1], 1, abs_tol=1e-5)
+
+
+def test_what_has_no_loss_leaves_the_smoothed_loss_as_it_is():
+    values = [1.0, 3.0, 2.0, 5.0]
+    with_gaps = [None, *values[:2], None, *values[2:]]
+    assert [x for x in smoothed(with_gaps) if x is not None] == smoothed(values)
+    assert [i for i, x in enumerate(smoothed(with_gaps)) if x is None] == [0, 3]
 
 
 def test_every_column_is_documented_in_its_order():

@@ -179,6 +179,41 @@ def test_compiled_blocks(case, run, words, ranks, tmp_path):
     assert_same(tmp_path / "run", run(1, "single"))
 
 
+# --- updates that are skipped -----------------------------------------------------------------------------------------
+
+SPOILED = {2, 5}
+SHORT = ("optim.epochs=1", "log.probe_every=null")  # 5 steps
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_skip_an_update_whose_loss_is_not_finite_on_one(strategy, words, ranks, tmp_path):
+    """And compute what one process does without these updates."""
+    folders = []
+    for size, how in ((1, "single"), (2, strategy)):
+        folders.append(tmp_path / how)
+        job = words(folders[-1], f"parallel.strategy={how}", *SHORT)
+        for left in ranks.run(size, jobs.train_spoiled, job, size - 1, SPOILED):
+            assert left.result == (0, len(SPOILED)), left.err
+            assert left.err == ""
+    (want, rows) = (read_log(folder)[0] for folder in folders)
+    assert [row["step"] for row in rows if row["loss"] is None] == sorted(SPOILED)
+    made = [[row["loss"] for row in some if row["loss"] is not None] for some in (rows, want)]
+    assert made[0] == pytest.approx(made[1], abs=TOLERANCE, rel=0)
+    theirs, ours = map(jobs.weights, folders)
+    assert {float(x) for name, x in ours.items() if name.endswith(".step")} == {5.0 - len(SPOILED)}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=TOLERANCE, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def test_all_ranks_stop_after_ten_skipped_updates(words, ranks, tmp_path):
+    job = words(tmp_path / "run", "parallel.strategy=ddp", "log.probe_every=null")
+    left = ranks.run(2, jobs.train_spoiled, job, 1, set(range(2, 20)))
+    assert [rank.result for rank in left] == [(2, 10), (2, 10)], left  # read after each step, as one is to be saved
+    assert "error: 10 updates in a row were skipped, up to step 11, whose loss is nan, so " in left[0].err
+    assert left[1].err == ""
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
 # --- checkpoints from any world to any other --------------------------------------------------------------------------
 
 

@@ -67,15 +67,18 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def smoothed(values: list[float]) -> list[float]:
-    """Exponential means over about 25 values, or an eighth of fewer than 200.
+def smoothed(values: list[float | None]) -> list[float | None]:
+    """Exponential means over about 25 values, or an eighth of fewer than 200. None has no mean and changes none.
 
     As Adam's they begin at zero and are divided by the weight they have got so far: the first value counts no more than
     another, and the curve's start does not hang on it.
     """
     share = 2 / (min(25, 1 + len(values) // 8) + 1)
-    mean, weight, means = 0.0, 0.0, list[float]()
+    mean, weight, means = 0.0, 0.0, list[float | None]()
     for value in values:
+        if value is None:
+            means.append(None)
+            continue
         mean += (value - mean) * share
         weight += (1 - weight) * share
         means.append(mean / weight)
