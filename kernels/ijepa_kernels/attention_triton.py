@@ -2,7 +2,7 @@
 
 Libraries pad a head dim to the next size they were built for, and are laid out for long sequences. Here a head is cut
 into two parts, powers of two as `tl.arange` wants them, of which 8 columns at most are masked: 80 = 64 + 16,
-88 = 64 + 32, 24 = 32 (80 in fp32 = 64 + 32, see `parts`). Cutting further, 88 = 64 + 16 + 16 or 24 = 16 + 8, leaves the
+88 = 64 + 32, 24 = 32 (80 in fp32 = 64 + 32, see `attention_parts`). Cutting further, 88 = 64 + 16 + 16 or 24 = 16 + 8, leaves the
 width as it is, or would take an instruction more for each product. Masked columns cost no memory traffic.
 
 Forward: a program is a tile of queries of one sequence and head, and walks over its tiles of keys with the online
@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .attention_parts import accumulate, inner, load_rows, parts, readable, store_rows, strides
 from .dispatch import INTERPRETED, tl, triton
 from .shipped import Shipped
 
@@ -63,92 +64,6 @@ BLOCK_ROWS = 64  # of the D kernel: heads of tokens
 STRIDES = [f"stride_{x}_{of}" for x in "qkv" for of in ("token", "head")]
 INTEGERS = ["tiles", "heads", "num_tokens", *STRIDES]  # one compiled kernel, whatever the number of tokens
 GRADS_STRIDE = "stride_grads_token"
-
-
-def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The widths of the two parts of a head; 0 for a second part that is not needed."""
-    # A part of 16 columns in fp32 is less than four warps of tf32 products can share: they all hold it, and spill.
-    least = 32 if dtype == torch.float32 else 16
-    first = max(least, 1 << (head_dim.bit_length() - 1))
-    if head_dim <= first:
-        return first, 0
-    second = max(least, triton.next_power_of_2(head_dim - first))
-    return (2 * first, 0) if second == first else (first, second)
-
-
-@triton.jit
-def _load(
-    base,
-    row,  # [R]
-    stride,
-    inside,  # [R]
-    HEAD_DIM: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
-    """Both parts of some rows, [R, PART_0] and [R, PART_1]; rows that are not inside and columns past the end are 0."""
-    column = tl.arange(0, PART_0)
-    mask = inside[:, None]
-    if PART_0 > HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)[None, :]
-    x0 = tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
-    if UPCAST:
-        x0 = x0.to(tl.float32)
-    x1 = x0
-    if PART_1 > 0:
-        column = PART_0 + tl.arange(0, PART_1)
-        mask = inside[:, None]
-        if PART_0 + PART_1 > HEAD_DIM:
-            mask = mask & (column < HEAD_DIM)[None, :]
-        x1 = tl.load(base + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
-        if UPCAST:
-            x1 = x1.to(tl.float32)
-    return x0, x1
-
-
-@triton.jit
-def _store(
-    base,
-    row,  # [R]
-    stride,
-    inside,  # [R]
-    x0,  # [R, PART_0]
-    x1,  # [R, PART_1]
-    HEAD_DIM: tl.constexpr,
-    PART_0: tl.constexpr,
-    PART_1: tl.constexpr,
-):
-    column = tl.arange(0, PART_0)
-    mask = inside[:, None]
-    if PART_0 > HEAD_DIM:
-        mask = mask & (column < HEAD_DIM)[None, :]
-    tl.store(base + row[:, None] * stride + column[None, :], x0.to(base.dtype.element_ty), mask=mask)
-    if PART_1 > 0:
-        column = PART_0 + tl.arange(0, PART_1)
-        mask = inside[:, None]
-        if PART_0 + PART_1 > HEAD_DIM:
-            mask = mask & (column < HEAD_DIM)[None, :]
-        tl.store(base + row[:, None] * stride + column[None, :], x1.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _inner(a0, a1, b0, b1, PART_1: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T over both parts of the head: [A, B] in fp32."""
-    product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if PART_1 > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
-    return product
-
-
-@triton.jit
-def _accumulate(acc0, acc1, weights, x0, x1, PART_1: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + weights x for both parts of the head; the weights are rounded to the dtype of x."""
-    weights = weights.to(x0.dtype)
-    acc0 = tl.dot(weights, x0, acc0, input_precision=PRECISION)
-    if PART_1 > 0:
-        acc1 = tl.dot(weights, x1, acc1, input_precision=PRECISION)
-    return acc0, acc1
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -191,7 +106,7 @@ def _attention_fwd_kernel(
     v_base = v_ptr + (begin * stride_v_token + head * stride_v_head) * 8
 
     query = first + tl.arange(0, BLOCK)
-    q0, q1 = _load(q_base, query, stride_q_token * 8, query < length, HEAD_DIM, PART_0, PART_1, UPCAST)
+    q0, q1 = load_rows(q_base, query, stride_q_token * 8, query < length, HEAD_DIM, PART_0, PART_1, UPCAST)
     row_max = tl.full([BLOCK], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK], tl.float32)
     acc0 = tl.zeros([BLOCK, PART_0], tl.float32)
@@ -199,9 +114,9 @@ def _attention_fwd_kernel(
     for start in range(0, length, BLOCK_INNER):
         key = start + tl.arange(0, BLOCK_INNER)
         inside = key < length
-        k0, k1 = _load(k_base, key, stride_k_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-        v0, v1 = _load(v_base, key, stride_v_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-        logits = _inner(q0, q1, k0, k1, PART_1, PRECISION)  # [BLOCK, BLOCK_INNER], still to be scaled
+        k0, k1 = load_rows(k_base, key, stride_k_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        v0, v1 = load_rows(v_base, key, stride_v_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        logits = inner(q0, q1, k0, k1, PART_1, PRECISION)  # [BLOCK, BLOCK_INNER], still to be scaled
         logits = tl.where(inside[None, :], logits, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(logits, 1))  # finite: every tile has a key inside
         rescale = tl.exp2((row_max - new_max) * log2_scale)
@@ -210,7 +125,7 @@ def _attention_fwd_kernel(
         row_max = new_max
         acc0 *= rescale[:, None]
         acc1 *= rescale[:, None]
-        acc0, acc1 = _accumulate(acc0, acc1, weights, v0, v1, PART_1, PRECISION)
+        acc0, acc1 = accumulate(acc0, acc1, weights, v0, v1, PART_1, PRECISION)
 
     tl.store(
         lse_ptr + head * num_tokens + begin + query, row_max * log2_scale + tl.log2(row_sum), mask=query < length
@@ -219,7 +134,7 @@ def _attention_fwd_kernel(
     out_base = out_ptr + begin * stride_out + head * HEAD_DIM
     acc0 /= row_sum[:, None]
     acc1 /= row_sum[:, None]
-    _store(out_base, query, stride_out, query < length, acc0, acc1, HEAD_DIM, PART_0, PART_1)
+    store_rows(out_base, query, stride_out, query < length, acc0, acc1, HEAD_DIM, PART_0, PART_1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "heads"])
@@ -300,43 +215,43 @@ def _attention_bwd_kernel(
     acc1 = tl.zeros([BLOCK, PART_1 if PART_1 > 0 else 16], tl.float32)
 
     if tile < tiles:  # own keys: dk and dv; the matrices are transposed, [BLOCK keys, BLOCK_INNER queries]
-        k0, k1 = _load(k_base, own, stride_k_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-        v0, v1 = _load(v_base, own, stride_v_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        k0, k1 = load_rows(k_base, own, stride_k_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        v0, v1 = load_rows(v_base, own, stride_v_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
         dv0 = tl.zeros([BLOCK, PART_0], tl.float32)
         dv1 = tl.zeros([BLOCK, PART_1 if PART_1 > 0 else 16], tl.float32)
         for start in range(0, length, BLOCK_INNER):
             query = start + tl.arange(0, BLOCK_INNER)
             inside = query < length
-            q0, q1 = _load(q_base, query, stride_q_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-            g0, g1 = _load(grad_ptr + offset, query, stride, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+            q0, q1 = load_rows(q_base, query, stride_q_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+            g0, g1 = load_rows(grad_ptr + offset, query, stride, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
             lse = tl.load(lse_base + query, mask=inside, other=0.0)  # past the end q and grad are 0, and add nothing
             dot = tl.load(dot_base + query, mask=inside, other=0.0)
-            weights = tl.exp2(_inner(k0, k1, q0, q1, PART_1, PRECISION) * log2_scale - lse[None, :])
-            dv0, dv1 = _accumulate(dv0, dv1, weights, g0, g1, PART_1, PRECISION)
-            grad_logits = weights * (_inner(v0, v1, g0, g1, PART_1, PRECISION) - dot[None, :])
-            acc0, acc1 = _accumulate(acc0, acc1, grad_logits, q0, q1, PART_1, PRECISION)
+            weights = tl.exp2(inner(k0, k1, q0, q1, PART_1, PRECISION) * log2_scale - lse[None, :])
+            dv0, dv1 = accumulate(dv0, dv1, weights, g0, g1, PART_1, PRECISION)
+            grad_logits = weights * (inner(v0, v1, g0, g1, PART_1, PRECISION) - dot[None, :])
+            acc0, acc1 = accumulate(acc0, acc1, grad_logits, q0, q1, PART_1, PRECISION)
         # Rows past the end had logit 0 and may hold infinities: they are not stored.
         dk_base, dv_base, row = dk_ptr + offset_grads, dv_ptr + offset_grads, stride_grads_token * 8
-        _store(dk_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
-        _store(dv_base, own, row, own_inside, dv0, dv1, HEAD_DIM, PART_0, PART_1)
+        store_rows(dk_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
+        store_rows(dv_base, own, row, own_inside, dv0, dv1, HEAD_DIM, PART_0, PART_1)
     else:  # own queries: dq; [BLOCK queries, BLOCK_INNER keys]
-        q0, q1 = _load(q_base, own, stride_q_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-        g0, g1 = _load(grad_ptr + offset, own, stride, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        q0, q1 = load_rows(q_base, own, stride_q_token * 8, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+        g0, g1 = load_rows(grad_ptr + offset, own, stride, own_inside, HEAD_DIM, PART_0, PART_1, UPCAST)
         lse = tl.load(lse_base + own, mask=own_inside, other=0.0)
         dot = tl.load(dot_base + own, mask=own_inside, other=0.0)
         for start in range(0, length, BLOCK_INNER):
             key = start + tl.arange(0, BLOCK_INNER)
             inside = key < length
-            k0, k1 = _load(k_base, key, stride_k_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-            v0, v1 = _load(v_base, key, stride_v_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
-            logits = _inner(q0, q1, k0, k1, PART_1, PRECISION)
+            k0, k1 = load_rows(k_base, key, stride_k_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+            v0, v1 = load_rows(v_base, key, stride_v_token * 8, inside, HEAD_DIM, PART_0, PART_1, UPCAST)
+            logits = inner(q0, q1, k0, k1, PART_1, PRECISION)
             # A key past the end has logit 0, and exp2(0 - lse) may overflow: inf times its k of 0 is no 0.
             logits = tl.where(inside[None, :], logits, float("-inf"))
             weights = tl.exp2(logits * log2_scale - lse[:, None])
-            grad_logits = weights * (_inner(g0, g1, v0, v1, PART_1, PRECISION) - dot[:, None])
-            acc0, acc1 = _accumulate(acc0, acc1, grad_logits, k0, k1, PART_1, PRECISION)
+            grad_logits = weights * (inner(g0, g1, v0, v1, PART_1, PRECISION) - dot[:, None])
+            acc0, acc1 = accumulate(acc0, acc1, grad_logits, k0, k1, PART_1, PRECISION)
         dq_base, row = dq_ptr + offset_grads, stride_grads_token * 8
-        _store(dq_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
+        store_rows(dq_base, own, row, own_inside, acc0 * scale, acc1 * scale, HEAD_DIM, PART_0, PART_1)
 
 
 def _config(table: dict[int, Config], x: Tensor) -> Config:
@@ -360,15 +275,6 @@ def _columns(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _readable(x: Tensor) -> Tensor:
-    """`x`, or a copy where its strides are not what the kernels read: the last 1, the others multiples of 8."""
-    return x if x.stride(2) == 1 and x.stride(0) % 8 == 0 and x.stride(1) % 8 == 0 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride // 8 for x in tensors for stride in x.stride()[:2]]
-
-
 def forward(
     q: Tensor,  # [T, heads, head_dim], as are k and v
     k: Tensor,
@@ -382,7 +288,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((heads, num_tokens), dtype=torch.float32, device=q.device)
     if num_tokens:
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = readable(q), readable(k), readable(v)
         config = _config(FORWARD, q)
         tiles = triton.cdiv(max_seqlen, config.block)
         grid = ((cu_seqlens.numel() - 1) * tiles * heads,)
@@ -398,7 +304,7 @@ def forward(
                 heads,
                 num_tokens,
                 scale * math.log2(math.e),
-                *_strides(q, k, v),
+                *strides(q, k, v),
                 **_constants(head_dim, q.dtype, config),
                 num_warps=config.num_warps,
                 num_stages=config.num_stages,
@@ -424,7 +330,7 @@ def backward(
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     if num_tokens:
         grad, out = grad.contiguous(), out.contiguous()
-        q, k, v = _readable(q), _readable(k), _readable(v)
+        q, k, v = readable(q), readable(k), readable(v)
         dot = torch.empty((heads, num_tokens), dtype=torch.float32, device=q.device)
         config = _config(BACKWARD, q)
         tiles = triton.cdiv(max_seqlen, config.block)
@@ -455,7 +361,7 @@ def backward(
                 num_tokens,
                 scale * math.log2(math.e),
                 scale,
-                *_strides(q, k, v),
+                *strides(q, k, v),
                 grads[0].stride(0) // 8,
                 **_constants(head_dim, q.dtype, config),
                 num_warps=config.num_warps,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ijepa_kernels import attention_torch, attention_triton
 from ijepa_kernels.attention import varlen_attention, varlen_attention_qkv, varlen_attention_ref
+from ijepa_kernels.attention_parts import parts
 from op_proofs import assert_compiles_once, guarded_outputs
 from torch.utils.checkpoint import checkpoint
 
@@ -144,7 +145,7 @@ def test_head_dims_of_other_models(head_dim, dtype, kernel_device):
 @pytest.mark.parametrize("head_dim", range(8, 136, 8))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_parts_cover_a_head_dim(head_dim, dtype):
-    widths = attention_triton.parts(head_dim, dtype)
+    widths = parts(head_dim, dtype)
     assert all(width & (width - 1) == 0 and (width >= 16 or width == 0) for width in widths)
     assert head_dim <= sum(widths) <= 128
     if dtype == torch.bfloat16 and head_dim in attention_triton.HEAD_DIMS:
