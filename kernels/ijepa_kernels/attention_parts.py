@@ -6,6 +6,9 @@ from torch import Tensor
 
 from .dispatch import tl, triton
 
+STRIDES = [f"stride_{x}_{of}" for x in "qkv" for of in ("token", "head")]  # arguments of the kernels
+GRADS_STRIDE = "stride_grads_token"
+
 
 def parts(head_dim: int, dtype: torch.dtype) -> tuple[int, int]:
     """The widths of the two parts of a head; 0 for a second part that is not needed."""

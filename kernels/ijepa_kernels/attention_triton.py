@@ -2,8 +2,8 @@
 
 Libraries pad a head dim to the next size they were built for, and are laid out for long sequences. Here a head is cut
 into two parts, powers of two as `tl.arange` wants them, of which 8 columns at most are masked: 80 = 64 + 16,
-88 = 64 + 32, 24 = 32 (80 in fp32 = 64 + 32, see `attention_parts`). Cutting further, 88 = 64 + 16 + 16 or 24 = 16 + 8, leaves the
-width as it is, or would take an instruction more for each product. Masked columns cost no memory traffic.
+88 = 64 + 32, 24 = 32 (80 in fp32 = 64 + 32, see `attention_parts`). Cutting further, 88 = 64 + 16 + 16 or 24 = 16 + 8,
+leaves the width as it is, or would take an instruction more for each product. Masked columns cost no memory traffic.
 
 Forward: a program is a tile of queries of one sequence and head, and walks over its tiles of keys with the online
 softmax of FlashAttention (arXiv 2205.14135) in fp32. Logarithms are base 2, the hardware's own.
@@ -11,6 +11,7 @@ softmax of FlashAttention (arXiv 2205.14135) in fp32. Logarithms are base 2, the
 Backward: D_i = <out_i, grad_i> in a kernel of its own; then one launch in which tiles of keys (dk, dv) and tiles of
 queries (dq) are programs side by side. It computes the weights twice and needs no atomics, so it is bitwise
 reproducible; and since both kinds read the same sequence at the same time, the second read comes from the L2 cache.
+For short sequences there is a second backward, in `attention_short`.
 
     P_ij  = exp2(c <q_i, k_j> - lse_i)         dv_j = sum_i P_ij grad_i                   c = scale * log2(e)
     dS_ij = P_ij (<grad_i, v_j> - D_i)         dk_j = scale * sum_i dS_ij q_i             dq_i = scale * sum_j dS_ij k_j
@@ -29,7 +30,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .attention_parts import accumulate, inner, load_rows, parts, readable, store_rows, strides
+from . import attention_short
+from .attention_parts import (
+    GRADS_STRIDE,
+    STRIDES,
+    accumulate,
+    inner,
+    load_rows,
+    parts,
+    readable,
+    store_rows,
+    strides,
+)
 from .dispatch import INTERPRETED, tl, triton
 from .shipped import Shipped
 
@@ -60,10 +72,11 @@ class Config(NamedTuple):
 FORWARD = {16: Config(64, 64, 4, 3), 32: Config(16, 32, 4, 2)}
 BACKWARD = {16: Config(64, 32, 4, 3), 32: Config(16, 32, 4, 1)}
 BLOCK_ROWS = 64  # of the D kernel: heads of tokens
+# The head dims whose backward is `attention_short`'s, where it fits. Empty until a GPU has timed it beside ours:
+#     python bench/record.py --out bench/results --part attention --only predictor && python bench/attention_choice.py
+SHORT_BACKWARD: frozenset[int] = frozenset()
 
-STRIDES = [f"stride_{x}_{of}" for x in "qkv" for of in ("token", "head")]
 INTEGERS = ["tiles", "heads", "num_tokens", *STRIDES]  # one compiled kernel, whatever the number of tokens
-GRADS_STRIDE = "stride_grads_token"
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -326,6 +339,8 @@ def backward(
 ) -> Sequence[Tensor]:
     """The gradients of q, k and v; contiguous where no `grads` are given."""
     num_tokens, heads, head_dim = q.shape
+    if head_dim in SHORT_BACKWARD and attention_short.fits(head_dim, q.dtype, max_seqlen):
+        return attention_short.backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, grads)
     if grads is None:
         grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
     if num_tokens:
