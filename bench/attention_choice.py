@@ -5,6 +5,7 @@
 
 A head dim is in the table of a chip where our kernel beat every library that was there in every case with gradients:
 each case by the newest record that has it, and where none has by the sweep of tiles, at the tiles that we ship.
+Where a record has the backward of `attention_short`, it prints the line SHORT_BACKWARD of `attention_triton` too.
 """
 import argparse
 import json
@@ -113,6 +114,25 @@ def table(results: Path) -> str:
     )
 
 
+def short_backward(results: Path) -> str:
+    """The head dims at which it beat the other backward in every case of every GPU; empty where none has timed it."""
+    newest: dict[tuple[str, str], tuple[str, int, float]] = {}
+    for path in results.glob("*/*.json"):
+        record = json.loads(path.read_text())
+        rows = [r for r in record["rows"] if r["op"] == "attention" and r["status"] == "timed"]
+        ours = {r["case"]: r["seconds"]["median"] for r in rows if r["provider"] == "ours"}
+        for row in rows:
+            if row["provider"] == "short" and row["case"] in ours:
+                date, faster = record["sessions"][row["session"]]["date"], ours[row["case"]] / row["seconds"]["median"]
+                key, measured = (path.parent.name, row["case"]), (date, row["shapes"]["head_dim"], faster)
+                newest[key] = max(measured, newest.get(key, measured))
+    if not newest:
+        return ""
+    slower = {head_dim for _, head_dim, faster in newest.values() if faster < CLEARLY}
+    taken = ", ".join(map(str, sorted({head_dim for _, head_dim, _ in newest.values()} - slower)))
+    return f"SHORT_BACKWARD: frozenset[int] = frozenset({{{taken}}})\n".replace("{}", "")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER", help="default: bench/results")
@@ -120,6 +140,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     text = table(args.results)
     print(text, end="")
+    print(short_backward(args.results), end="")
     if args.write:
         TABLE.write_text(re.sub(r"MEASURED_FASTER = frozenset\(.*?\n\)\n", text, TABLE.read_text(), flags=re.DOTALL))
 

@@ -2,16 +2,17 @@
 
 `context` sequences are the context encoder's, `predictor` ones a context with its mask tokens, `dense` ones the whole
 images of the target encoder, forward only. `ours` is our kernel on a GPU and the PyTorch form on a CPU; `auto` is the
-backend that a user gets by default. The last five are plain PyTorch: a call of `scaled_dot_product_attention` for every
-sequence (`loop`), or one call, padded and masked (`padded`); and where lengths are equal, one call over the batch
-(`batched`, and by cuDNN: `cudnn`), or the released way, which materialises the attention matrix (`materialised`).
+backend that a user gets by default, `short` our kernel with the backward of `attention_short`, of predictors alone. The
+last five are plain PyTorch: a call of `scaled_dot_product_attention` for every sequence (`loop`), or one call, padded
+and masked (`padded`); and where lengths are equal, one call over the batch (`batched`, and by cuDNN: `cudnn`), or the
+released way, which materialises the attention matrix (`materialised`).
 """
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ijepa_kernels import varlen_attention
+from ijepa_kernels import attention_short, attention_triton, varlen_attention
 from ijepa_kernels.attention import varlen_attention_ref
 from ijepa_kernels.attention_backends import BACKENDS, choose, takes_one_call
 from torch import Tensor
@@ -22,7 +23,7 @@ from bench.harness.workload import MODELS, draw_masks
 
 CPU_BATCH = 8
 PLAIN = ("loop", "padded", "batched", "cudnn", "materialised")
-PROVIDERS = ["ours", "auto", *BACKENDS, *PLAIN]
+PROVIDERS = ["ours", "short", "auto", *BACKENDS, *PLAIN]
 SEQUENCES = {
     "context64": ("B16", "context"),
     "context80": ("H14", "context"),
@@ -142,6 +143,13 @@ def attention_case(name: str, collate: str, device: torch.device) -> Case:
     def variant(provider: str) -> Variant:
         if provider in PLAIN:
             return Variant(make(getattr(data, provider)))
+        if provider == "short":
+            if data.device.type != "cuda":
+                return absent("GPU only")
+            fits = data.training and attention_short.fits(data.head_dim, data.dtype, data.max_seqlen)
+            if data.head_dim in attention_triton.SHORT_BACKWARD:
+                return absent("it is what ours is here")
+            return Variant(short) if fits else absent("not for these sequences")
         try:
             backend = choose(data.head_dim, data.dtype, data.device, ours if provider == "ours" else provider)
         except ValueError as error:
@@ -163,6 +171,16 @@ def attention_case(name: str, collate: str, device: torch.device) -> Case:
             return lambda: run(attend, inputs, grad)
 
         return build
+
+    def short():
+        (q, k, v), grad, scale = (x.detach() for x in data.qkv()), data.grad(), data.head_dim**-0.5
+
+        def call() -> list[Tensor]:
+            out, lse = attention_triton.forward(q, k, v, data.cu_seqlens, data.max_seqlen, scale)
+            grads = attention_short.backward(grad, q, k, v, out, lse, data.cu_seqlens, data.max_seqlen, scale)
+            return [out, *grads]
+
+        return call
 
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return varlen_attention_ref(q, k, v, data.cu_seqlens)

@@ -100,6 +100,21 @@ def test_another_gpu_has_a_line_of_its_own(results, tmp_path):
         table(results)
 
 
+def test_the_short_backward_needs_every_case_of_every_gpu(results):
+    root = results.folder.parent
+    results("2027-01-01", {"predictor24-ragged": {"ours": 2.0, "torch_varlen": 3.0}})
+    assert attention_choice.short_backward(root) == ""
+    results("2027-01-02", {
+        "predictor24-truncate": {"ours": 2.0, "short": 1.0},
+        "predictor24-ragged": {"ours": 2.0, "short": 1.8},
+        "predictor32-truncate": {"ours": 2.0, "short": 1.0},
+        "predictor32-ragged": {"ours": 2.0, "short": 1.95},
+    })  # fmt: skip
+    assert attention_choice.short_backward(root) == "SHORT_BACKWARD: frozenset[int] = frozenset({24})\n"
+    results("2027-01-03", {"predictor24-ragged": {"ours": 2.0, "short": 2.0}})  # the newer one counts
+    assert attention_choice.short_backward(root) == "SHORT_BACKWARD: frozenset[int] = frozenset()\n"
+
+
 def test_it_writes_what_it_prints(results, tmp_path, monkeypatch, capsys):
     copy = tmp_path / "attention_backends.py"
     before = attention_choice.TABLE.read_text()
