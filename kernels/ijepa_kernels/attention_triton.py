@@ -19,6 +19,10 @@ For short sequences there is a second backward, in `attention_short`.
 Elements moved for each of a token's heads * head_dim: forward 4 (q, k, v, out), backward 9 (out, grad; q, k, v, grad;
 dq, dk, dv). At 256 tokens and bf16 a forward does 128 FLOPs a byte where an H100 can do 300: memory sets the pace.
 
+Several short sequences in one tile of 128 rows under a block-diagonal mask would lower the tensor cores' work for no
+model: each key would meet 128 queries, and alone it meets the 64 or 128 of its own sequence. `python
+bench/attention_waste.py` counts it; docs/attention_waste.md is its table.
+
 No length is known on the host: the grid has room for `max_seqlen`, and programs beyond a sequence's end leave at once.
 """
 from __future__ import annotations
