@@ -17,7 +17,6 @@ def backwards(qkv, cu_seqlens, max_seqlen, scale, grads=None):
     return attention_short.backward(grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, grads)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("head_dim", "dtype"),
     [(24, torch.float32), (24, torch.bfloat16), (32, torch.float16), (16, torch.bfloat16)],
