@@ -124,17 +124,19 @@ def test_who_multiplies(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("simd", "vendor", "there", "expected"),
+    ("simd", "vendor", "family", "there", "expected"),
     [
-        ("AVX512", "AuthenticAMD", True, True),
-        ("AVX2", "AuthenticAMD", True, False),
-        ("AVX512", "GenuineIntel", True, False),
-        ("AVX512", "AuthenticAMD", False, False),
+        ("AVX512", "AuthenticAMD", 26, True, True),
+        ("AVX512", "AuthenticAMD", 25, True, False),
+        ("AVX2", "AuthenticAMD", 26, True, False),
+        ("AVX512", "GenuineIntel", 26, True, False),
+        ("AVX512", "AuthenticAMD", 26, False, False),
     ],
 )
-def test_which_processors(simd, vendor, there, expected, monkeypatch):
+def test_which_processors(simd, vendor, family, there, expected, monkeypatch):
+    about = f"processor\t: 0\nvendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\n"
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: simd)
     monkeypatch.setattr(onednn.Path, "exists", lambda self: True)
-    monkeypatch.setattr(onednn.Path, "read_text", lambda self: f"processor\t: 0\nvendor_id\t: {vendor}\n")
+    monkeypatch.setattr(onednn.Path, "read_text", lambda self: about)
     monkeypatch.setattr(compat, "has_onednn_linear", lambda: there)
     assert onednn.pays.__wrapped__() is expected
