@@ -1,11 +1,12 @@
 """Linear layers in fp32 by oneDNN, on CPUs where PyTorch's own take half of the vector units.
 
 PyTorch multiplies fp32 matrices by MKL, which on AMD's processors has no AVX-512 but AVX2. oneDNN, which comes with
-PyTorch for other dtypes, has. Two cores of an EPYC (Zen 5), torch 2.13, the products of a ViT-S/16 step with 16 images:
-480 to 520 GFLOP/s in a forward and for an input's gradient, 330 to 480 for a weight's, where MKL makes 180 to 230.
+PyTorch for other dtypes, has. On Zen 5 it is twice as fast:
 
-MKL stays for small products and on all other processors. On an EPYC with AVX2 alone oneDNN was 10 to 15 % slower. Zen 4
-was not measured: it computes AVX-512 in two halves. On Intel's processors MKL takes AVX-512 itself.
+    pytest bench/test_bench_linear.py --benchmark-only
+
+MKL stays for small products and on all other processors. On an EPYC with AVX2 alone oneDNN was slower. Zen 4 was not
+measured: it computes AVX-512 in two halves. On Intel's processors MKL takes AVX-512 itself.
 """
 import functools
 import re
@@ -38,7 +39,10 @@ def pays() -> bool:
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN multiplies these, in eager code. `torch.backends.mkldnn.enabled = False` forbids it."""
+    """Whether oneDNN multiplies these: in eager code, and where autocast asks for no other dtype.
+
+    `torch.backends.mkldnn.enabled = False` forbids it.
+    """
     return (
         x.is_cpu
         and is_plain_eager()
@@ -47,10 +51,11 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         and len(x) * weight.numel() >= LEAST
         and pays()
         and bool(torch.backends.mkldnn.enabled)
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
@@ -63,7 +68,9 @@ class _Linear(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = compat.onednn_linear(grad, weight.t())
-        if ctx.needs_input_grad[1]:  # the first matrix of a product is copied where it is a transpose: the smaller one
+        # oneDNN copies the first matrix of a product where it is a transpose. Let that be the smaller one: a weight's
+        # gradient that comes out transposed is copied too, by autograd, but it has no row for each token.
+        if ctx.needs_input_grad[1]:
             if grad.shape[1] < x.shape[1]:
                 grad_weight = compat.onednn_linear(grad.t(), x.t())
             else:
@@ -75,7 +82,7 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`F.linear`, by whoever is fastest."""
-    return _Linear.apply(x, weight, bias) if takes(x, weight) else F.linear(x, weight, bias)
+    return Linear.apply(x, weight, bias) if takes(x, weight) else F.linear(x, weight, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -116,6 +116,8 @@ def test_who_multiplies(monkeypatch):
     assert not onednn.takes(large.to("meta"), weight.to("meta"))
     with Watched():  # which is to see the operators that it knows
         assert not onednn.takes(large, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not onednn.takes(large, weight)
     for of, name, value in ((torch.backends.mkldnn, "enabled", False), (onednn, "pays", lambda: False)):
         with monkeypatch.context() as patch:
             patch.setattr(of, name, value)

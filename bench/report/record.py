@@ -24,7 +24,7 @@ from bench.harness.rows import Record, table
 PARTS = {
     "tests": [],
     "sanitizer": [],  # the same tests, those of the kernels' reads and writes, under compute-sanitizer
-    "ops": ["ops", "fused", "fp8", "inputs", "masks"],
+    "ops": ["ops", "fused", "linear", "fp8", "inputs", "masks"],
     "attention": ["attention"],
     "step": ["step", "data"],
     "memory": ["memory"],
