@@ -22,7 +22,7 @@ from ijepa_fast.view.curves import draw_curves
 from ijepa_fast.view.masks import masks_sheet, masks_title
 
 SHOWN = {"knn": "k-NN", "linear": "linear"}  # accuracies of a probe
-MOST_LINES = 20  # on bad images, at a time
+MOST_LINES = 20  # on bad images or skipped updates, at a time
 # Updates in a row. A bad batch spoils one or two; weights that give no finite loss for ten batches give none any more,
 # since nothing changes them, and every further step is lost time.
 MOST_SKIPPED = 10
@@ -67,7 +67,10 @@ def write_rows(run: Run, unread: list[Update], skipped: int, rates: Rates, log: 
     for number, (step, loss) in enumerate(bad, before + 1):
         warning = f"the loss of step {step} is {loss}: its update was skipped ({number} so far)"
         log.note(step, warning)
-        bar.console.print(f"warning: {warning}")
+        if number - before <= MOST_LINES:
+            bar.console.print(f"warning: {warning}")
+    if len(bad) > MOST_LINES:
+        bar.console.print(f"and {len(bad) - MOST_LINES} more skipped updates: log.jsonl")
     if skipped == MOST_SKIPPED:
         step, loss = bad[-1]
         raise diverged(f"{skipped} updates in a row were skipped, up to step {step}, whose loss is {loss}")
@@ -103,8 +106,8 @@ def check_weights(run: Run, step: int) -> None:
 
 def diverged(what: str) -> SharedError:
     return SharedError(
-        f"{what}, so the run stopped and saved nothing of it; "
-        f"go on from the last checkpoint with --resume, or start anew with a lower optim.lr"
+        f"{what}, so the run stopped and saved nothing of it; --resume would do the same again: "
+        f"start anew with a lower optim.lr, from an earlier checkpoint by train.init_from if you like"
     )
 
 

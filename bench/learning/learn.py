@@ -149,7 +149,8 @@ def pretrain(provider: str, seed: int, config: Config, world: World, data: DataS
                     learner.pace.share = done
                     losses.append(learner.step(step, batches))
                 step += 1
-            loss = float(torch.stack(losses[-LOSSES:]).mean())
+            last = torch.stack(losses[-LOSSES:])
+            loss = float(last[last.isfinite()].mean())  # the others' updates were skipped
             points.append({"minutes": clock.minutes, "updates": step, "loss": loss})
             at_end = args.final and point == args.points
             points[-1] |= probe(learner.target_encoder(), data, decoder, world, protocols=at_end)
