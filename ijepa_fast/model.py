@@ -9,7 +9,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from ijepa_kernels import Packed, embed_patches, predictor_tokens
+from ijepa_kernels import Packed, embed_patches, gather_tokens, predictor_tokens
 from torch import Tensor, nn
 
 from ijepa_fast.blocks import Block, Branch, Distinct, LayerNorm, Linear
@@ -64,7 +64,8 @@ class PatchEmbed(nn.Module):
             x = embed_patches(images, packed, weight, bias, pos_embed, patch_size=self.patch_size, dtype=dtype)
             return x.to(residual_dtype), None
         projected = embed_patches(images, packed, weight, None, None, patch_size=self.patch_size, dtype=dtype)
-        return pos_embed.flatten(0, 1).index_select(0, packed.indices).to(residual_dtype), Branch(projected, bias)
+        one = packed._replace(image=torch.zeros_like(packed.image))  # every sequence takes its positions from there
+        return gather_tokens(pos_embed, one).to(residual_dtype), Branch(projected, bias)
 
     def refresh_copies(self) -> None:
         for copies in self.encoder_copies:

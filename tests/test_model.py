@@ -258,6 +258,17 @@ def test_bfloat16_rounds_the_projection_and_not_the_positions():
     assert (branch.value.float() + branch.bias - whole).abs().max() <= 3 * 2**-9 * (whole - branch.bias).abs().max()
 
 
+def test_positions_that_are_trained_have_their_gradient_in_bfloat16():
+    encoder = small_encoder(compute_dtype=torch.bfloat16)
+    encoder.pos_embed.requires_grad_()
+    images, packed = torch.randn(2, 3, 96, 96), ragged([3, 5], [0, 1])
+    x, _ = encoder.patch_embed(images, packed, encoder.pos_embed, torch.float32)
+    grad = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    x.backward(grad)
+    want = torch.zeros(36, x.shape[1]).index_add(0, packed.indices, grad)
+    torch.testing.assert_close(encoder.pos_embed.grad[0], want, rtol=0, atol=2**-22)  # sums of two
+
+
 @torch.no_grad()
 def test_bfloat16_stays_within_its_rounding_of_fp32():
     images = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(2))
