@@ -19,7 +19,7 @@ PROVIDER_COLORS = {
 
 
 def draw(rows: list[Row], device: str, folder: Path) -> dict[str, list[Path]]:
-    """Write the pictures that the rows give into `folder`; their paths by suite."""
+    """Write the pictures that the rows give into `folder`; their paths by suite. Those of older records are marked."""
     drawn: dict[str, list[Path]] = {}
     for suite, name, draw_one in (("ops", "roofline", roofline), ("step", "step", parts), ("step", "images", images)):
         figure = draw_one([row for row in rows if row["status"] == "timed"])
@@ -46,7 +46,8 @@ def roofline(rows: list[Row]) -> Figure | None:
     left.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s", title="FLOPs (-: the ceiling)")
     moves.sort(key=lambda row: (row["op"], row["case"], row["provider"]), reverse=True)
     right.barh(range(len(moves)), [100 * row["share"] for row in moves], color=[_color(row) for row in moves])
-    right.set_yticks(range(len(moves)), [f"{row['op']} {row['case']} {row['provider']}" for row in moves], fontsize=6)
+    names = [f"{row['op']} {row['case']} {row['provider']}{' (earlier)' * ('earlier' in row)}" for row in moves]
+    right.set_yticks(range(len(moves)), names, fontsize=6)
     right.axvline(100, color="black", linewidth=0.8)
     right.set(xlabel="% of the speed of a copy of as many bytes", title="bound by a copy")
     return figure
@@ -64,7 +65,8 @@ def parts(rows: list[Row]) -> Figure | None:
         widths = [1000 * row["parts"].get(part, 0.0) for row in rows]
         axis.barh(range(len(rows)), widths, left=left, color=color, label=part)
         left = [a + b for a, b in zip(left, widths, strict=True)]
-    axis.set_yticks(range(len(rows)), [f"{row['case']} {row['provider']}" for row in rows])
+    names = [f"{row['case']} {row['provider']}{' (earlier)' * ('earlier' in row)}" for row in rows]
+    axis.set_yticks(range(len(rows)), names)
     axis.set(xlabel="ms a step", title="parts of a step (medians)")
     axis.legend(frameon=False, ncols=len(PART_COLORS), loc="upper center", bbox_to_anchor=(0.5, -0.18), fontsize=8)
     return figure
@@ -85,7 +87,8 @@ def images(rows: list[Row]) -> Figure | None:
         bars = axis.bar(range(len(names)), values, color=[_color(some[name]) for name in names])
         axis.bar_label(bars, [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values], fontsize=8)
         axis.set_xticks(range(len(names)), names, rotation=25, ha="right", fontsize=8)
-        axis.set(title=f"{case}, batch {some[names[0]]['shapes']['batch']}", ylabel="images/s")
+        when = ", earlier" * any("earlier" in row for row in some.values())
+        axis.set(title=f"{case}, batch {some[names[0]]['shapes']['batch']}{when}", ylabel="images/s")
     return figure
 
 

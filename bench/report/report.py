@@ -23,6 +23,7 @@ SUITES = {
     "inputs": "Ops that make a transformer's input",
     "ops": "Ops on its output and weights",
     "fused": "Inside its blocks, and the optimizer",
+    "linear": "Its linear layers on a CPU",
     "fp8": "The target encoder in e4m3",
     "attention": "Attention",
     "masks": "Masks",
@@ -75,10 +76,10 @@ def load(folder: Path) -> list[dict[str, Any]]:
 
 
 def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Path) -> list[str]:
-    record, previous = records[-1], records[-2] if len(records) > 1 else None
+    record = records[-1]
     machine, rows = record["sessions"][-1], record["rows"]
     older = not_measured_again(records)
-    earlier = [row for _, some in older for row in some]
+    earlier = [row | {"earlier": True} for _, some in older for row in some]
     loads = [session["load"][0] for session in record["sessions"]]
     # Later parts begin with the load average that earlier parts caused.
     busy = machine["type"] == "cpu" and (loads[0] > BUSY or max(loads) > machine["threads"] + BUSY)
@@ -106,7 +107,7 @@ def device_section(records: list[dict[str, Any]], folder: Path, relative_to: Pat
             lines += [f"\n![{path.stem}]({path.relative_to(relative_to)})" for path in drawn.pop(suite, [])]
     if without := left_out(rows):
         lines += ["", "### Without a figure", "", *(f"- {line}" for line in without)]
-    lines += [*repeated(rows), *changes(rows, previous)]
+    lines += [*repeated(rows), *changes(records)]
     for old, of_old in older:
         date = old["sessions"][-1]["date"][:10]
         lines += ["", f"### Not measured again since {date}, commit {commits(old)}"]
@@ -239,23 +240,29 @@ def repeated(rows: list[Row]) -> list[str]:
     return lines
 
 
-def changes(rows: list[Row], previous: dict[str, Any] | None) -> list[str]:
-    if previous is None:
+def changes(records: list[dict[str, Any]]) -> list[str]:
+    """How the newest record's medians moved, each against the newest older record that has its row."""
+    if len(records) == 1:
         return ["", "### Against the previous record", "", "This is the first record of this device."]
-    before = {key_of(row): row for row in previous["rows"] if row["status"] == "timed"}
-    machine = previous["sessions"][-1]
-    lines = ["", f"### Against the record of {machine['date'][:10]}, commit `{machine['commit']}`", ""]
-    moved = []
-    for row in rows:
-        old = before.get(key_of(row))
-        if row["status"] != "timed" or old is None:
+    now = {key_of(row): row for row in records[-1]["rows"] if row["status"] == "timed"}
+    lines = []
+    for record in reversed(records[:-1]):
+        timed = [row for row in record["rows"] if row["status"] == "timed"]
+        pairs = [(row, now.pop(key_of(row))) for row in timed if key_of(row) in now]
+        if not pairs and record is not records[-2]:
             continue
-        was, now = old["seconds"]["median"], row["seconds"]["median"]
-        if max(was, now) > SHORT_S and abs(now / was - 1) >= CHANGED:
-            moved.append((" ".join(key_of(row)[1:]), format_time(was), format_time(now), f"{now / was - 1:+.0%}"))
-    if not moved:
-        return [*lines, "No median above 100 us moved by 5 % or more."]
-    return lines + table(("row", "before", "now", "change"), moved)
+        machine, moved = record["sessions"][-1], []
+        for old, row in pairs:
+            was, median = old["seconds"]["median"], row["seconds"]["median"]
+            if max(was, median) > SHORT_S and abs(median / was - 1) >= CHANGED:
+                change = f"{median / was - 1:+.0%}"
+                moved.append((" ".join(key_of(row)[1:]), format_time(was), format_time(median), change))
+        lines += ["", f"### Against the record of {machine['date'][:10]}, commit `{machine['commit']}`", ""]
+        if moved:
+            lines += table(("row", "before", "now", "change"), moved)
+        else:
+            lines.append("No median above 100 us moved by 5 % or more.")
+    return lines
 
 
 def commits(record: dict[str, Any]) -> str:
