@@ -3,8 +3,9 @@
     python -m ijepa_fast.plan --config configs/vitg16_in22k.yaml --gpus 64 --gpu h100
 
 Memory is counted tensor by tensor from what the code keeps (the terms of `memory`), and a test checks it against a real
-run. Time is a model, and its results are predictions: matrix products at `--mfu` of the GPU's dense bf16 peak, beside
-traffic at the link's bandwidth, the longer of the two. FLOPs are those of `flops`, lengths those of the real masks.
+run. Time is a model, and its results are predictions: matrix products at `--mfu` of the GPU's dense bf16 peak (in e4m3
+of twice that), beside traffic at the link's bandwidth, the longer of the two. FLOPs are those of `flops`, lengths those
+of the real masks.
 
 Bytes that a rank sends in an update, for P parameters and W ranks (Rajbhandari et al., ZeRO, arXiv 1910.02054): ddp
 reduces gradients once, 2 * 4P * (W-1)/W. fsdp gathers the target once a micro-batch and the trained models twice,
@@ -81,6 +82,7 @@ class Model:
     predicted_from: float  # tokens an image in the predictor: contexts, repeated for each target, and mask tokens
     flops_target: float  # an image, forward
     flops_trained: float  # an image, forward and backward of context encoder and predictor
+    flops_e4m3: float  # of flops_target, those of products in e4m3
     image_bytes: int
 
     @property
@@ -90,6 +92,21 @@ class Model:
     def flops(self, checkpointing: str) -> float:
         """Of an image, as computed: full checkpointing repeats a forward of a third of `flops_trained`."""
         return self.flops_target + self.flops_trained * (4 / 3 if checkpointing == "full" else 1)
+
+    def bf16_flops(self, checkpointing: str) -> float:
+        """As many in bf16 as take the same time: the peak of e4m3 is twice as high."""
+        return self.flops(checkpointing) - self.flops_e4m3 / 2
+
+
+def e4m3_flops(config: Config, size: Size, patches: int, covered: float) -> float:
+    """Of an image's target forward, those that `model.target_dtype` computes in e4m3: see `ijepa_fast.fp8`."""
+    if config.model.target_dtype != "fp8":
+        return 0.0
+    qkv, mlp = 2 * 3 * size.dim**2, 2 * 2 * size.dim * size.mlp_dim  # a token
+    inner = (size.depth - 2) * patches * (qkv + mlp)
+    if config.model.fp8_blocks == "inner":
+        return inner
+    return inner + patches * (qkv + mlp) + patches * qkv + covered * mlp  # the last block finishes `covered`
 
 
 def describe(config: Config) -> Model:
@@ -133,6 +150,7 @@ def describe(config: Config) -> Model:
         predicted_from=predicted_from,
         flops_target=flops_target,
         flops_trained=flops_trained,
+        flops_e4m3=e4m3_flops(config, encoder.size, config.grid**2, covered),
         image_bytes=3 * config.data.image_size**2,
     )
 
@@ -259,7 +277,7 @@ def plan(
     fitting = [n for n in range(1, share + 1) if share % n == 0 and need(n).total <= room]
     micro_batch = max(fitting, default=1)
     needed = need(micro_batch)
-    compute_s = share * model.flops(checkpointing) / (gpu.tflops * 1e12 * mfu)
+    compute_s = share * model.bf16_flops(checkpointing) / (gpu.tflops * 1e12 * mfu)
     sent, communication_s = communication(model, gpu, gpus, shards, strategy, share // micro_batch)
     images_s = batch / max(compute_s, communication_s)
     return Plan(
@@ -318,7 +336,7 @@ def draw(config: Config, model: Model, gpu: Gpu, name: str, mfu: float, out: Pat
     counts = [n for n in (8, 16, 32, 64, 128, 256, 512, 1024) if config.optim.global_batch_size % n == 0]
     figure = Figure(figsize=(8, 5), layout="constrained", dpi=120)
     axis = figure.subplots()
-    ideal = gpu.tflops * 1e12 * mfu / model.flops("none")
+    ideal = gpu.tflops * 1e12 * mfu / model.bf16_flops("none")
     axis.plot(counts, [n * ideal for n in counts], "--", color="#999999", label="no communication, no recomputation")
     for strategy, marker in (("ddp", "o"), ("fsdp", "s"), ("hsdp", "^")):
         best = []
@@ -355,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"optim.global_batch_size {batch} does not divide among {args.gpus} GPUs")
     if args.images is not None and args.images < batch:
         raise UserError(f"--images={args.images} is fewer than one global batch of {batch}")
+    if config.model.target_dtype == "fp8" and args.gpu == "a100":
+        raise UserError("model.target_dtype=fp8 needs a GPU with products of e4m3, and --gpu=a100 has none")
     known = (count for name, count in KNOWN_IMAGES.items() if name in str(config.data.root))
     images = args.images or next(known, None)
     model, gpu = describe(config), GPUS[args.gpu]
@@ -396,6 +416,7 @@ def main(argv: list[str] | None = None) -> None:
     console.print(
         f"batch: the largest micro-batch that fits in {1 - RESERVED:.0%} of {gpu.memory:.0f} GiB. GiB: of a GPU, of "
         f"them model and activations. calc, comm: seconds that an update takes to compute and to send. These, images/s "
-        f"and days are predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s, links of "
+        f"and days are predictions: products at {args.mfu:.0%} of {gpu.tflops:.0f} TFLOP/s"
+        f"{', those in e4m3 of twice that' if model.flops_e4m3 else ''}, links of "
         f"{gpu.node_link:.0f} GB/s in a node and {gpu.network:.0f} between nodes, the longer of the two."
     )

@@ -78,6 +78,28 @@ def test_targets_in_e4m3_halve_their_weights_copies():
     assert bf16._replace(copies=0) == low._replace(copies=0)
 
 
+@pytest.mark.parametrize("blocks", ["inner", "all"])
+def test_products_in_e4m3_take_half_the_time(blocks, capsys):
+    """Those of the blocks of the target encoder: by the formula of FLOPs less what stays in bf16."""
+    bf16, low = (
+        next(p for p in plans(capsys, "--gpus", "8", *words) if p["checkpointing"] == "none")
+        for words in ((), ("model.target_dtype=fp8", f"model.fp8_blocks={blocks}"))
+    )
+    assert low["gflop_image"] == bf16["gflop_image"]
+    model = plan.describe(load_config("vitg16_in22k", [])[0])
+    size, n = model.encoder, model.patches
+    finished = [n] * (size.depth - 1) + [model.covered]  # by each block
+    of = range(size.depth) if blocks == "all" else range(1, size.depth - 1)
+    wide = sum(
+        2 * size.dim**2 * finished[i] + 4 * size.dim * n**2  # projections, attention
+        + (0 if i in of else 2 * 3 * size.dim**2 * n + 4 * size.dim * size.mlp_dim * finished[i])
+        for i in range(size.depth)
+    )  # fmt: skip
+    wide += 2 * 3 * 16**2 * size.dim * n  # patches
+    low_share = (model.flops_target - wide) / model.flops("none")
+    assert low["compute_s"] / bf16["compute_s"] == pytest.approx(1 - low_share / 2, rel=1e-6)
+
+
 def test_what_the_giant_holds_before_activations(capsys):
     (single,) = [p for p in plans(capsys, "--gpus", "1") if p["checkpointing"] == "full"]
     held = single["memory_gib"]
@@ -155,6 +177,7 @@ def test_the_table_and_the_picture(tmp_path, capsys, monkeypatch):
         (["--gpus", "100"], "optim.global_batch_size 2048 does not divide among 100 GPUs"),
         (["--gpus", "0"], "does not divide among 0 GPUs"),
         (["--gpus", "8", "--mfu", "45"], "--mfu=45.0 must be a share of the peak"),
+        (["--gpus", "8", "--gpu", "a100", "model.target_dtype=fp8"], "needs a GPU with products of e4m3, and --gpu="),
         (["--gpus", "8", "model.nam=x"], "unknown key model.nam; did you mean model.name?"),
         (["--gpus", "8", "mask.min_keep=1000"], "mask.min_keep=1000 cannot be met"),
         (["--gpus", "8", "model.predictor_dim=100"], "predictor's dim 100 must be a multiple of 4"),
