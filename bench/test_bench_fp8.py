@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ijepa_kernels import (
-    RowScaled,
+    Quantized,
     add_layer_norm,
     add_layer_norm_fp8,
     bias_gelu,
@@ -123,7 +123,7 @@ def test_bench_fp8_pass(bench, model, part, provider):
                 want = F.layer_norm(x + branch + branch_bias, (dim,), weight, bias, EPS)
             else:
                 want = F.gelu(few[0] + few[1])
-            got = result.dequantized() if isinstance(result, RowScaled) else result
+            got = result.dequantized() if isinstance(result, Quantized) else result
             assert_close([got[:256]], [want], FOUR_BITS)
 
         nbytes = rows * dim * (4 + 2 + 4 + 1 if part == "norm" else 3)  # of the one that writes e4m3

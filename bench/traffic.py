@@ -24,7 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from ijepa_kernels import AdamWEMA, RowScaled  # noqa: E402
+from ijepa_kernels import AdamWEMA, Quantized  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 from bench.harness.machine import commit  # noqa: E402
@@ -92,7 +92,7 @@ def count_update(counter: Counter) -> Callable[..., None]:
                 target = optimizer.targets.get(p)
                 low = [optimizer.copies[x] for x in (p, target) if x in optimizer.copies]
                 # Of e4m3 the rows that count, and their scales; it reads a target again, from the cache, for those.
-                rows = [x for x in low if isinstance(x, RowScaled)]
+                rows = [x for x in low if isinstance(x, Quantized)]
                 written = [part[: x.rows] for x in rows for part in (x.values, x.scale)]
                 written += [x for x in low if isinstance(x, Tensor)]
                 moved += 7 * nbytes(p) + (0 if target is None else 2 * nbytes(target)) + sum(map(nbytes, written))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from ijepa_kernels import (
     Packed,
-    RowScaled,
+    Quantized,
     add_layer_norm,
     add_layer_norm_fp8,
     bias_gelu,
@@ -38,31 +38,31 @@ class Linear(nn.Linear):
         self.compute_dtype = compute_dtype
         self.copies: tuple[Tensor, Tensor] | None = None  # of weight and bias, see `keep_copies`
         self.fp8 = False
-        self.quantized: RowScaled | None = None  # the weight; without it, as under FSDP, it is rounded at every call
+        self.quantized: Quantized | None = None  # the weight; without it, as under FSDP, it is rounded at every call
         self.bias_copy: Tensor | None = None  # of an fp8 layer
 
     def reset_parameters(self) -> None:
         """Nothing: `init_weights` draws every weight, and drawing a billion of them twice takes a while."""
 
-    def forward(self, x: Tensor | RowScaled) -> Tensor:
+    def forward(self, x: Tensor | Quantized) -> Tensor:
         dtype = self.compute_dtype
-        if isinstance(x, RowScaled):
+        if isinstance(x, Quantized):
             return self._fp8(x, self.bias.to(dtype) if self.bias_copy is None else self.bias_copy)
         if self.copies is not None:
             return copied_linear(x.to(dtype), self.weight, self.bias, *self.copies)
         return onednn.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
-    def _fp8(self, x: RowScaled, bias: Tensor | None) -> Tensor:
+    def _fp8(self, x: Quantized, bias: Tensor | None) -> Tensor:
         weight = quantize_rows(self.weight) if self.quantized is None else self.quantized
         return fp8_linear(x, weight, bias, out_dtype=self.compute_dtype)
 
-    def product(self, x: Tensor | RowScaled) -> tuple[Tensor, Tensor | None]:
+    def product(self, x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
         """The product, and the bias where it is still to be added.
 
         On a GPU it is left to the op that reads the product, whose backward has its gradient for free. A CPU's matrix
         product adds it for nothing, and a compiler fuses its addition.
         """
-        if isinstance(x, RowScaled):
+        if isinstance(x, Quantized):
             return self._fp8(x, None), self.bias
         if self._is_plain(x):
             return self(x), None
@@ -71,7 +71,7 @@ class Linear(nn.Linear):
             return copied_linear(x.to(dtype), self.weight, None, self.copies[0], None), self.bias
         return F.linear(x.to(dtype), self.weight.to(dtype)), self.bias
 
-    def gelu(self, x: Tensor | RowScaled) -> Tensor:
+    def gelu(self, x: Tensor | Quantized) -> Tensor:
         """The exact GELU of its result."""
         if isinstance(x, Tensor) and self._is_plain(x) and self.copies is None:
             dtype = self.compute_dtype
@@ -107,7 +107,7 @@ class LayerNorm(nn.LayerNorm):
             x, value, self.weight, self.bias, branch_bias=bias, eps=self.eps, out_dtype=out_dtype
         )
 
-    def before(self, layer: Linear, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor | RowScaled]:
+    def before(self, layer: Linear, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor | Quantized]:
         """The new stream, and its norm as `layer` takes it."""
         if not layer.fp8:
             return self(x, branch, layer.compute_dtype)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
 
     def forward(
         self,
-        x: Tensor | RowScaled,
+        x: Tensor | Quantized,
         cu_seqlens: Tensor,
         max_seqlen: int,
         rows: Tensor | None = None,
@@ -157,7 +157,7 @@ class MLP(nn.Module):
         self.fc1 = Linear(dim, hidden, compute_dtype)
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
-    def forward(self, x: Tensor | RowScaled) -> Branch:
+    def forward(self, x: Tensor | Quantized) -> Branch:
         if self.fc2.fp8:
             return Branch(self.fc2(bias_gelu_fp8(*self.fc1.product(x))))
         hidden = self.fc1.gelu(x)
@@ -229,7 +229,7 @@ class Block(nn.Module):
         rows: Tensor | None,
         distinct: Distinct | None,
     ) -> tuple[Tensor, Branch | None]:
-        y: Tensor | RowScaled
+        y: Tensor | Quantized
         if distinct is None:
             x, y = self.norm1.before(self.attn.qkv, x, branch)
         else:

@@ -9,8 +9,8 @@ Probes of a run look at these features too; `evaluate` and `embed` build encoder
 from typing import TYPE_CHECKING
 
 import torch
-from ijepa_kernels import RowScaled, quantize_rows
-from ijepa_kernels.fp8 import empty_row_scaled
+from ijepa_kernels import Quantized, quantize_rows
+from ijepa_kernels.fp8 import empty_quantized
 
 from ijepa_fast import compat
 from ijepa_fast.blocks import Block, Linear
@@ -53,7 +53,7 @@ class QuantizedWeights:
 
     def __init__(self, layers: list[Linear]):
         self.weights = [layer.weight for layer in layers]
-        self.copies = [RowScaled(*empty_row_scaled(weight), len(weight)) for weight in self.weights]
+        self.copies = [Quantized(*empty_quantized(weight), len(weight)) for weight in self.weights]
         self._seen = [-1] * len(layers)  # the counts of changes
         for layer, low in zip(layers, self.copies, strict=True):
             layer.quantized = low

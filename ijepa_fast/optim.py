@@ -3,7 +3,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from ijepa_kernels import AdamWEMA, RowScaled
+from ijepa_kernels import AdamWEMA, Quantized
 from torch import Tensor, nn
 
 from ijepa_fast.config import OptimConfig
@@ -120,7 +120,7 @@ def build_optimizer(
         pairs = zip(encoder.parameters(), target_encoder.parameters(), strict=True)
         targets = {source: target for source, target in pairs if source.requires_grad}  # not the frozen positions
     kept = [one for model in (encoder, predictor, target_encoder) if model is not None for one in model.kept_copies()]
-    copies: dict[Tensor, Tensor | RowScaled] = {}
+    copies: dict[Tensor, Tensor | Quantized] = {}
     for one in kept:
         copies.update(zip(one.weights, one.copies, strict=True))
     groups = param_groups(encoder, predictor)

@@ -2,7 +2,7 @@
 from .adamw import AdamWEMA
 from .attention import explain_backends, varlen_attention, varlen_attention_qkv
 from .ema import ema_update_
-from .fp8 import RowScaled, fp8_linear, quantize_rows
+from .fp8 import Quantized, fp8_linear, quantize_rows
 from .fp8_fused import add_layer_norm_fp8, bias_gelu_fp8
 from .gelu import bias_gelu
 from .loss import smooth_l1_loss
@@ -20,7 +20,7 @@ __all__ = [
     "IMAGENET_STD",
     "AdamWEMA",
     "Packed",
-    "RowScaled",
+    "Quantized",
     "__version__",
     "add_layer_norm",
     "add_layer_norm_fp8",

@@ -29,7 +29,7 @@ from .checks import FLOATS, describe, is_number
 from .compat import StorageWeakRef, foreach_copy_
 from .dispatch import use_triton
 from .ema import ema_update_
-from .fp8 import E4M3, RowScaled, padded_rows, quantize_rows
+from .fp8 import E4M3, Quantized, padded_rows, quantize_rows
 
 
 class _Prepared(NamedTuple):
@@ -48,7 +48,7 @@ class AdamWEMA(torch.optim.AdamW):
     params:  as for AdamW, fp32: parameters or groups of them. DTensors are updated shard by shard.
     targets: of the parameters that have one, the tensor that averages it: fp32, of its shape.
     copies:  of parameters and targets that have one, the tensor that receives it rounded, 16 bits wide; of a target
-             with two dimensions it may be a `RowScaled`, as `quantize_rows` makes it of that, and is written over to
+             with two dimensions it may be a `Quantized`, as `quantize_rows` makes it of that, and is written over to
              the same bits. Not of shards: a scale is of a whole row.
     lr, betas, eps, weight_decay: as for AdamW; `lr` and `weight_decay` of a group may be changed between steps.
 
@@ -66,7 +66,7 @@ class AdamWEMA(torch.optim.AdamW):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         *,
         targets: Mapping[Any, Tensor] | None = None,
-        copies: Mapping[Any, Tensor | RowScaled] | None = None,
+        copies: Mapping[Any, Tensor | Quantized] | None = None,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -83,8 +83,8 @@ class AdamWEMA(torch.optim.AdamW):
             for key, value in pairs.items():
                 if key not in of:
                     raise ValueError(f"{what}: want parameters as keys, got {describe(key)}, which is none")
-                if what == "copies" and isinstance(value, RowScaled):
-                    _check_row_scaled(key, value, key in averages)
+                if what == "copies" and isinstance(value, Quantized):
+                    _check_quantized(key, value, key in averages)
                 elif value.shape != key.shape or value.device != key.device or value.dtype not in dtypes:
                     raise ValueError(f"{what}: want a tensor of its parameter's shape and device, {describe(key)}, "
                                      f"got {describe(value)}")
@@ -204,7 +204,7 @@ class AdamWEMA(torch.optim.AdamW):
         targets = [self.targets[p] for p in sources]
         ema_update_(targets, sources, momentum)
         for t in targets:
-            if isinstance(low := self.copies.get(t), RowScaled):
+            if isinstance(low := self.copies.get(t), Quantized):
                 quantize_rows(t, low)
                 torch.autograd.graph.increment_version(low[:2])
         for some in (weights, targets):
@@ -264,23 +264,23 @@ class AdamWEMA(torch.optim.AdamW):
         for p, group, dtype in zip(weights, group_of, key[0], strict=True):
             state, target = self.state[p], self.targets.get(p)
             low = None if target is None else self.copies.get(target)
-            target_copy, scale = low[:2] if isinstance(low, RowScaled) else (low, None)
+            target_copy, scale = low[:2] if isinstance(low, Quantized) else (low, None)
             moments = state["exp_avg"], state["exp_avg_sq"]
             rows.append(Weight(p, *moments, target, self.copies.get(p), target_copy, scale, group, dtype))
         return Tables(key, self._owned(weights), rows, steps)
 
 
-def _check_row_scaled(key: Tensor, value: RowScaled, is_target: bool) -> None:
+def _check_quantized(key: Tensor, value: Quantized, is_target: bool) -> None:
     """Raise ValueError unless `value` is what `quantize_rows` makes of `key`, a target."""
     if not is_target or key.ndim != 2 or hasattr(key, "to_local"):
         kind = "sharded" if hasattr(key, "to_local") else "target" if is_target else "trained"
-        raise ValueError(f"copies: want a RowScaled for whole targets of two dimensions alone, got one for the {kind} "
+        raise ValueError(f"copies: want a Quantized for whole targets of two dimensions alone, got one for the {kind} "
                          f"{describe(key)}")
     rows, (values, scale, count) = padded_rows(key), value
     shapes = (values.shape, scale.shape, count) == ((rows, key.shape[1]), (rows, 1), len(key))
     dtypes = (values.dtype, scale.dtype) == (E4M3, torch.float32)
     if not shapes or not dtypes or {values.device, scale.device} != {key.device}:
-        raise ValueError(f"copies: want a RowScaled as quantize_rows makes it of its target, {describe(key)}, got "
+        raise ValueError(f"copies: want a Quantized as quantize_rows makes it of its target, {describe(key)}, got "
                          f"{count} rows of {describe(values)} with scales {describe(scale)}")
 
 

@@ -32,7 +32,7 @@ ROW_MULTIPLE = 256
 TILES = {256: (4, 4), 512: (2, 4), 1024: (1, 4), 2048: (1, 8), 4096: (1, 8), 8192: (1, 16)}
 
 
-class RowScaled(NamedTuple):
+class Quantized(NamedTuple):
     """A matrix of `rows` rows, quantised; `values * scale` is what it stands for.
 
     values: e4m3 [M, D], M >= rows: on a GPU rounded up to a multiple of 256; what the spare rows hold is undefined.
@@ -53,7 +53,7 @@ def padded_rows(x: Tensor) -> int:
     return x.shape[0] if x.is_cpu else -(-x.shape[0] // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
-def empty_row_scaled(x: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
+def empty_quantized(x: Tensor, dim: int | None = None) -> tuple[Tensor, Tensor]:
     """Values and scale for the rows of x, not filled."""
     rows = padded_rows(x)
     return x.new_empty(rows, dim or x.shape[1], dtype=E4M3), x.new_empty(rows, 1, dtype=torch.float32)
@@ -164,7 +164,7 @@ def check_no_gradient(*tensors: Tensor | None) -> None:
         raise ValueError("rounding to e4m3 has no gradient: call it under torch.no_grad()")
 
 
-def quantize_rows(x: Tensor, out: RowScaled | None = None) -> RowScaled:
+def quantize_rows(x: Tensor, out: Quantized | None = None) -> Quantized:
     """`x` rounded to e4m3, with a scale for each row.
 
     x:   [T, D] fp32, bf16 or fp16. A row with an infinity or a NaN in it becomes NaN.
@@ -175,14 +175,14 @@ def quantize_rows(x: Tensor, out: RowScaled | None = None) -> RowScaled:
     check_tensor("x", x, "T, D")
     check_no_gradient(x)
     if out is None:
-        out = RowScaled(*empty_row_scaled(x), x.shape[0])
+        out = Quantized(*empty_quantized(x), x.shape[0])
     elif out.rows != x.shape[0] or out.values.shape[1:] != x.shape[1:] or out.values.device != x.device:
         raise ValueError(f"out: want one for {describe(x)}, got {out.rows} rows of {describe(out.values)}")
     (_quantize_ if is_plain_eager() else _quantize_op)(x, out.values, out.scale)
     return out
 
 
-def fp8_linear(x: RowScaled, weight: RowScaled, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:
+def fp8_linear(x: Quantized, weight: Quantized, bias: Tensor | None = None, *, out_dtype: torch.dtype) -> Tensor:
     """`F.linear` of two quantised matrices, without a gradient.
 
     x:         T rows of D columns.
@@ -193,8 +193,8 @@ def fp8_linear(x: RowScaled, weight: RowScaled, bias: Tensor | None = None, *, o
     Returns [T, N]. Raises ValueError.
     """
     for name, matrix in (("x", x), ("weight", weight)):
-        if not isinstance(matrix, RowScaled) or matrix.values.dtype != E4M3 or matrix.values.ndim != 2:
-            raise ValueError(f"{name}: want a RowScaled, as quantize_rows makes it, got {describe(matrix)}")
+        if not isinstance(matrix, Quantized) or matrix.values.dtype != E4M3 or matrix.values.ndim != 2:
+            raise ValueError(f"{name}: want a Quantized, as quantize_rows makes it, got {describe(matrix)}")
     if x.values.shape[1] != weight.values.shape[1] or x.values.device != weight.values.device:
         raise ValueError(f"weight: want {x.values.shape[1]} columns as x has, and on its device, "
                          f"got {describe(weight.values)}")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .dispatch import INTERPRETED, tl, triton, use_triton
-from .fp8 import FIRST_ARCH, RowScaled, check_no_gradient, empty_row_scaled, round_rows, store_e4m3
+from .fp8 import FIRST_ARCH, Quantized, check_no_gradient, empty_quantized, round_rows, store_e4m3
 from .gelu import tail_and_density
 from .norm import TILES, add_layer_norm_fwd_kernel, block_of, check_arguments
 from .registration import is_plain_eager, register
@@ -32,7 +32,7 @@ def _norm_torch(x, branch, branch_bias, weight, bias, eps):
     if branch is not None:
         new = (x + branch if branch_bias is None else x.float() + branch + branch_bias).to(x.dtype)
     normed = F.layer_norm(new.float(), weight.shape, weight.float(), bias.float(), eps)
-    values, scale = empty_row_scaled(x)
+    values, scale = empty_quantized(x)
     if x.numel():
         some = slice(x.shape[0])
         values[some], scale[some] = round_rows(normed, normed.abs().amax(1, keepdim=True))
@@ -44,7 +44,7 @@ def _norm_launch(x, branch, branch_bias, weight, bias, eps):
     rows, warps = TILES[block]
     tensors = [None if t is None else t.contiguous() for t in (x, branch, branch_bias, weight, bias)]
     new = None if branch is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    values, scale = empty_row_scaled(x)
+    values, scale = empty_quantized(x)
     if num_rows:
         with torch.cuda.device_of(x):
             add_layer_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
@@ -66,7 +66,7 @@ def _norm(
 
 
 def _norm_fake(x, branch, branch_bias, weight, bias, eps):
-    return (x.new_empty(0 if branch is None else x.shape), *empty_row_scaled(x))
+    return (x.new_empty(0 if branch is None else x.shape), *empty_quantized(x))
 
 
 _norm_op = register(
@@ -85,7 +85,7 @@ def add_layer_norm_fp8(
     *,
     branch_bias: Tensor | None = None,
     eps: float,
-) -> tuple[Tensor, RowScaled]:
+) -> tuple[Tensor, Quantized]:
     """`add_layer_norm` with its norm in e4m3, a scale a row; its arguments, but for fp64, and without gradients.
 
     Returns x_new [T, D] in x's dtype (x itself without a branch), and the norm of it as it is stored. Raises
@@ -96,7 +96,7 @@ def add_layer_norm_fp8(
     check_no_gradient(x, branch, weight, bias, branch_bias)
     call = _norm if is_plain_eager() else _norm_op
     new, values, scale = call(x, branch, branch_bias, weight, bias, float(eps))
-    return x if branch is None else new, RowScaled(values, scale, x.shape[0])
+    return x if branch is None else new, Quantized(values, scale, x.shape[0])
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _bias_gelu_fp8_kernel(
 
 def _gelu_torch(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     h = x.float() if bias is None else x.float() + bias.float()
-    values, scale = empty_row_scaled(x)
+    values, scale = empty_quantized(x)
     if x.numel():
         some = slice(x.shape[0])
         values[some], scale[some] = round_rows(F.gelu(h), F.gelu(h.amax(1, keepdim=True)).clamp(min=LEAST))
@@ -144,7 +144,7 @@ def _gelu_torch(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _gelu_launch(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     num_rows, dim = x.shape
-    values, scale = empty_row_scaled(x)
+    values, scale = empty_quantized(x)
     if x.numel():
         bias = None if bias is None else bias.contiguous()
         block = min(triton.next_power_of_2(dim), GELU_BLOCK)
@@ -160,13 +160,13 @@ def _gelu(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 
 def _gelu_fake(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return empty_row_scaled(x)
+    return empty_quantized(x)
 
 
 _gelu_op = register("bias_gelu_fp8(Tensor x, Tensor? bias) -> (Tensor values, Tensor scale)", _gelu, _gelu_fake)
 
 
-def bias_gelu_fp8(x: Tensor, bias: Tensor | None = None) -> RowScaled:
+def bias_gelu_fp8(x: Tensor, bias: Tensor | None = None) -> Quantized:
     """The exact GELU of `x + bias` in e4m3, a scale a row; x [T, D] fp32, bf16 or fp16, bias [D] or None. No gradients.
 
     Raises ValueError.
@@ -176,7 +176,7 @@ def bias_gelu_fp8(x: Tensor, bias: Tensor | None = None) -> RowScaled:
         check_tensor("bias", bias, f"{x.shape[1]}", device=x.device)
     check_no_gradient(x, bias)
     values, scale = (_gelu if is_plain_eager() else _gelu_op)(x, bias)
-    return RowScaled(values, scale, x.shape[0])
+    return Quantized(values, scale, x.shape[0])
 
 
 def shipped() -> list[Shipped]:

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from ijepa_kernels import AdamWEMA, RowScaled, adamw_begin, adamw_kernels, fp8, quantize_rows
+from ijepa_kernels import AdamWEMA, Quantized, adamw_begin, adamw_kernels, fp8, quantize_rows
 from test_adamw import OPTIONS, B, F
 from test_adamw_steps import NoOperator, Recorder, move
 
@@ -49,7 +49,7 @@ class Built:
         for t in self.ts:
             if t.ndim == 2:
                 values, scale = (torch.full((fp8.padded_rows(t), n), 7.0) for n in (t.shape[1], 1))
-                self.rounded[t] = RowScaled(self.make(values, fp8.E4M3), self.make(scale, F), len(t))
+                self.rounded[t] = Quantized(self.make(values, fp8.E4M3), self.make(scale, F), len(t))
             elif copies:
                 self.low[t] = self.make(torch.full(t.shape, 7.0), B)
         written = self.low if two_passes else self.low | self.rounded
@@ -282,8 +282,8 @@ LOW = quantize_rows(T)
 def test_bad_input(match, targets, copies):
     (weight, target), *_ = targets.items()
     weight = weight.detach().requires_grad_() if weight is not W else W
-    copies = {target: copies} if isinstance(copies, RowScaled) else copies
-    with pytest.raises(ValueError, match=r"copies: want a RowScaled .*" + match):
+    copies = {target: copies} if isinstance(copies, Quantized) else copies
+    with pytest.raises(ValueError, match=r"copies: want a Quantized .*" + match):
         AdamWEMA([weight], targets={weight: target}, copies=copies)
 
 

@@ -1,7 +1,7 @@
 """e4m3 with row scales: rounding, the linear layer and the fused passes, against float64 and PyTorch's rounding."""
 import pytest
 import torch
-from ijepa_kernels import RowScaled, add_layer_norm_fp8, bias_gelu_fp8, fp8, fp8_linear, quantize_rows
+from ijepa_kernels import Quantized, add_layer_norm_fp8, bias_gelu_fp8, fp8, fp8_linear, quantize_rows
 from ijepa_kernels.compat import scaled_mm
 from ijepa_kernels.fp8 import E4M3
 from ijepa_kernels.gelu import bias_gelu_ref
@@ -23,7 +23,7 @@ def every_e4m3(device):
     return torch.cat([positive, -positive]).to(device)
 
 
-def assert_rounded(got: RowScaled, want, spare: float = 0.0):
+def assert_rounded(got: Quantized, want, spare: float = 0.0):
     """`want` in fp64, [T, D]. An e4m3 is off by 2^-4 of its value, or 2^-10 scales; `spare`: of fp32 arithmetic."""
     assert got.rows == len(want)
     scale = got.scale[: got.rows].cpu().double()
@@ -192,7 +192,7 @@ def test_refuses(device):
     refused(lambda: add_layer_norm_fp8(x, x[:2], x[0], x[0], eps=1e-6), "branch: want")
     low = quantize_rows(x)
     refused(lambda: quantize_rows(x[:3], low), "out: want one for float32 \\[3, 48\\]")
-    refused(lambda: fp8_linear(x, low, out_dtype=B), "x: want a RowScaled")
+    refused(lambda: fp8_linear(x, low, out_dtype=B), "x: want a Quantized")
     refused(lambda: fp8_linear(low, quantize_rows(x[:, :32]), out_dtype=B), "weight: want 48 columns")
     refused(lambda: fp8_linear(low, low, x[0, :3].bfloat16(), out_dtype=B), r"bias: want a bfloat16 \[4\]")
     refused(lambda: fp8_linear(low, low, out_dtype=torch.float64), "out_dtype: want bfloat16")
