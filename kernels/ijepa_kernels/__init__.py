@@ -2,7 +2,7 @@
 from .adamw import AdamWEMA
 from .attention import explain_backends, varlen_attention, varlen_attention_qkv
 from .ema import ema_update_
-from .fp8 import Quantized, fp8_linear, quantize_rows
+from .fp8 import Quantized, fp8_linear, quantize_rows, quantize_tensor
 from .fp8_fused import add_layer_norm_fp8, bias_gelu_fp8
 from .gelu import bias_gelu
 from .loss import smooth_l1_loss
@@ -37,6 +37,7 @@ __all__ = [
     "predictor_rows",
     "predictor_tokens",
     "quantize_rows",
+    "quantize_tensor",
     "smooth_l1_loss",
     "varlen_attention",
     "varlen_attention_qkv",

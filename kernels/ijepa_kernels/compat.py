@@ -87,7 +87,8 @@ def gelu_backward(grad: Tensor, x: Tensor) -> Tensor:
 def scaled_mm(
     x: Tensor, weight: Tensor, x_scale: Tensor, weight_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """`(x @ weight.T) * x_scale * weight_scale.T + bias` of e4m3 matrices [M, K] and [N, K], scales [M, 1] and [N, 1].
+    """`(x @ weight.T) * x_scale * weight_scale.T + bias` of e4m3 matrices [M, K] and [N, K], scales [M, 1] and [N, 1],
+    or both [1, 1].
 
     Partial sums are kept in the tensor cores, with 14 bits or so ("fast accumulation"), as inference does everywhere.
     When it moves: `torch.nn.functional.scaled_mm` is its public successor.

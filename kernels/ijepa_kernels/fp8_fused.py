@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .checks import check_tensor
 from .dispatch import INTERPRETED, tl, triton, use_triton
-from .fp8 import FIRST_ARCH, Quantized, check_no_gradient, empty_quantized, round_rows, store_e4m3
+from .fp8 import FIRST_ARCH, Quantized, check_no_gradient, empty_quantized, round_within, store_e4m3
 from .gelu import tail_and_density
 from .norm import TILES, add_layer_norm_fwd_kernel, block_of, check_arguments
 from .registration import is_plain_eager, register
@@ -35,7 +35,7 @@ def _norm_torch(x, branch, branch_bias, weight, bias, eps):
     values, scale = empty_quantized(x)
     if x.numel():
         some = slice(x.shape[0])
-        values[some], scale[some] = round_rows(normed, normed.abs().amax(1, keepdim=True))
+        values[some], scale[some] = round_within(normed, normed.abs().amax(1, keepdim=True))
     return x.new_empty(0) if branch is None else new, values, scale
 
 
@@ -138,7 +138,7 @@ def _gelu_torch(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     values, scale = empty_quantized(x)
     if x.numel():
         some = slice(x.shape[0])
-        values[some], scale[some] = round_rows(F.gelu(h), F.gelu(h.amax(1, keepdim=True)).clamp(min=LEAST))
+        values[some], scale[some] = round_within(F.gelu(h), F.gelu(h.amax(1, keepdim=True)).clamp(min=LEAST))
     return values, scale
 
 

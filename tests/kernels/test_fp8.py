@@ -1,13 +1,23 @@
-"""e4m3 with row scales: rounding, the linear layer and the fused passes, against float64 and PyTorch's rounding."""
+"""e4m3 with a scale a row or one in all: rounding, the linear layer and the fused passes, against float64 and PyTorch's
+rounding."""
 import pytest
 import torch
-from ijepa_kernels import Quantized, add_layer_norm_fp8, bias_gelu_fp8, fp8, fp8_linear, quantize_rows
+from ijepa_kernels import (
+    Quantized,
+    add_layer_norm_fp8,
+    bias_gelu_fp8,
+    fp8,
+    fp8_linear,
+    quantize_rows,
+    quantize_tensor,
+)
 from ijepa_kernels.compat import scaled_mm
 from ijepa_kernels.fp8 import E4M3
 from ijepa_kernels.gelu import bias_gelu_ref
 from ijepa_kernels.norm import add_layer_norm_ref
 
 B, F, H = torch.bfloat16, torch.float32, torch.float16
+either = pytest.mark.parametrize("quantize", [quantize_rows, quantize_tensor])
 
 
 def random(*shape, seed=0, dtype=F, scale=1.0):
@@ -32,12 +42,13 @@ def assert_rounded(got: Quantized, want, spare: float = 0.0):
     assert (error <= bound).all(), float((error / bound).max())
 
 
-def test_rounds_as_pytorch_does(device):
+@either
+def test_rounds_as_pytorch_does(device, quantize):
     """To the number, ties and subnormal ones included: a row whose largest value is 448 has the scale 1."""
-    x = every_e4m3(device)[None]
-    got = quantize_rows(x)
-    assert got.scale[0, 0] == 1
-    assert torch.equal(got.values[0].float(), x[0].to(E4M3).float())
+    x = every_e4m3(device).expand(2, -1)
+    got = quantize(x)
+    assert got.scale.flatten().tolist()[:2] == [1] * (2 if quantize is quantize_rows else 1)
+    assert torch.equal(got.values[:2].float(), x.to(E4M3).float())
 
 
 @pytest.mark.parametrize("dtype", [F, B, H])
@@ -52,6 +63,29 @@ def test_a_row_has_a_scale_of_its_own(device, dim, dtype):
     assert (got.values[:5].float().abs().amax(1)[live] == 448).all()
     torch.testing.assert_close(got.scale[:5, 0][live], largest[live] / 448, rtol=2**-22, atol=0)
     assert not got.values[3].float().any()
+
+
+@pytest.mark.parametrize("dtype", [F, B, H])
+@pytest.mark.parametrize("dim", [1, 192, 300])
+def test_a_matrix_has_one_scale(device, dim, dtype):
+    x = (random(5, dim, dtype=dtype) * torch.tensor([[1e-3], [1.0], [-100.0], [0.0], [3.0]], dtype=dtype)).to(device)
+    got = quantize_tensor(x)
+    assert got.values.dtype == E4M3
+    assert got.scale.shape == (1, 1)
+    torch.testing.assert_close(got.scale[0, 0], x.abs().max().float() / 448, rtol=2**-22, atol=0)
+    assert_rounded(got, x.cpu().double())
+    assert got.values[:5].float().abs().max() == 448
+    assert not quantize_tensor(torch.zeros_like(x)).dequantized().any()
+    written = quantize_tensor(2 * x, got)
+    assert written is got
+    assert_rounded(got, 2 * x.cpu().double())
+
+
+@pytest.mark.parametrize("what", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_hidden_in_a_matrix(device, what):
+    x = random(3, 64).to(device)
+    x[1, 5] = what
+    assert quantize_tensor(x).dequantized().isnan().all()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
@@ -111,12 +145,13 @@ def assert_is_product(got, x, weight, bias):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@either
 @pytest.mark.parametrize("columns", [1280, 5120])
 @pytest.mark.parametrize("rows", [256, 1000])
-def test_products_of_a_model_s_width(columns, rows):
+def test_products_of_a_model_s_width(columns, rows, quantize):
     x, weight = random(rows, columns).cuda(), random(1280, columns, seed=1, scale=0.02).cuda()
     bias = random(1280, seed=2, dtype=B)
-    a, b = quantize_rows(x), quantize_rows(weight)
+    a, b = quantize(x), quantize(weight)
     got = fp8_linear(a, b, bias.cuda(), out_dtype=B).cpu().double()
     assert_is_product(got, a, b, bias)
     exact = exact_product(a, b, bias)[0]
@@ -124,10 +159,11 @@ def test_products_of_a_model_s_width(columns, rows):
     assert float((got - exact).norm() / exact.norm()) < 2**-8  # what is lost in sums is less than in the rounding
 
 
-def test_the_linear_layer_is_off_by_what_rounding_explains(device):
+@either
+def test_the_linear_layer_is_off_by_what_rounding_explains(device, quantize):
     x, weight = random(32, 192).to(device), random(64, 192, seed=1, scale=0.02).to(device)
     bias = random(64, seed=2, dtype=B)
-    quantised, low = quantize_rows(x), quantize_rows(weight)
+    quantised, low = quantize(x), quantize(weight)
     got = fp8_linear(quantised, low, bias.to(device), out_dtype=B).cpu().double()
     assert_is_product(got, quantised, low, bias)
     exact = exact_product(quantised, low, bias)[0]
@@ -140,9 +176,10 @@ def test_the_linear_layer_is_off_by_what_rounding_explains(device):
     assert float(error.norm() / (a @ b.t()).norm()) < 0.06  # as random roundings add up: 2^-4 / sqrt(3) a factor
 
 
-def test_the_cpu_computes_what_scaled_mm_does():
+@either
+def test_the_cpu_computes_what_scaled_mm_does(quantize):
     """The op that a GPU runs, where a CPU has it too."""
-    x, weight = quantize_rows(random(32, 192)), quantize_rows(random(64, 192, seed=1))
+    x, weight = quantize(random(32, 192)), quantize(random(64, 192, seed=1))
     bias = random(64, seed=2, dtype=B)
     try:
         want = scaled_mm(x.values, weight.values, x.scale, weight.scale, bias, B)
@@ -154,7 +191,9 @@ def test_the_cpu_computes_what_scaled_mm_does():
 @pytest.mark.parametrize("rows", [0, 1, 257])
 def test_any_number_of_rows(device, rows):
     x = random(rows, 192).to(device)
-    normed = add_layer_norm_fp8(x, None, *(random(192, seed=i).to(device) for i in (1, 2)), eps=1e-6)[1]
+    vectors = (random(192, seed=i).to(device) for i in (1, 2))
+    normed = add_layer_norm_fp8(x, None, *vectors, eps=1e-6)[1]
+    assert quantize_tensor(x).dequantized().shape == (rows, 192)
     hidden = fp8_linear(normed, quantize_rows(random(48, 192, seed=3).to(device)), out_dtype=B)
     assert hidden.shape == (rows, 48)
     out = fp8_linear(bias_gelu_fp8(hidden), quantize_rows(random(16, 48, seed=4).to(device)), out_dtype=B)
@@ -163,16 +202,17 @@ def test_any_number_of_rows(device, rows):
 
 
 def test_registered_ops(device):
-    """opcheck: schemas and fakes. The test of schemas cannot multiply by e4m3, which quantize_rows_ writes."""
+    """opcheck: schemas and fakes. The test of schemas cannot multiply by e4m3, which the first two write."""
     x, weight, bias = (random(*shape).to(device) for shape in ((4, 48), (48,), (48,)))
-    low = quantize_rows(x)
+    rounding = (torch.ops.ijepa.quantize_rows_.default, torch.ops.ijepa.quantize_tensor_.default)
     for op, arguments in (
-        (torch.ops.ijepa.quantize_rows_.default, (x, *low[:2])),
+        (rounding[0], (x, *quantize_rows(x)[:2])),
+        (rounding[1], (x, *quantize_tensor(x)[:2])),
         (torch.ops.ijepa.add_layer_norm_fp8.default, (x, x.bfloat16(), bias, weight, bias, 1e-6)),
         (torch.ops.ijepa.add_layer_norm_fp8.default, (x, None, None, weight, bias, 1e-6)),
         (torch.ops.ijepa.bias_gelu_fp8.default, (x, bias)),
     ):
-        schema = ("test_schema",) if op is not torch.ops.ijepa.quantize_rows_.default else ()
+        schema = () if op in rounding else ("test_schema",)
         torch.library.opcheck(op, arguments, test_utils=(*schema, "test_faketensor"))
 
 
@@ -185,6 +225,7 @@ def test_refuses(device):
     x = random(4, 48).to(device)
     trained = x.clone().requires_grad_()
     refused(lambda: quantize_rows(trained), "no gradient")
+    refused(lambda: quantize_tensor(trained), "no gradient")
     refused(lambda: bias_gelu_fp8(x, trained[0]), "no gradient")
     refused(lambda: add_layer_norm_fp8(x, None, trained[0], x[0], eps=1e-6), "no gradient")
     refused(lambda: quantize_rows(x[0]), r"x: want a .* \[T, D\]")
@@ -192,6 +233,12 @@ def test_refuses(device):
     refused(lambda: add_layer_norm_fp8(x, x[:2], x[0], x[0], eps=1e-6), "branch: want")
     low = quantize_rows(x)
     refused(lambda: quantize_rows(x[:3], low), "out: want one for float32 \\[3, 48\\]")
+    one = quantize_tensor(x)
+    refused(lambda: quantize_tensor(x[:3], one), "out: want one for float32 \\[3, 48\\]")
+    refused(lambda: quantize_rows(x, one), r"one scale a row, got 4 rows of .* with scales float32 \[1, 1\]")
+    refused(lambda: quantize_tensor(x, low), "one scale a tensor, got 4 rows")
+    refused(lambda: fp8_linear(low, one, out_dtype=B), r"weight: want scales of one kind, .* float32 \[1, 1\].* weight")
+    refused(lambda: fp8_linear(one, low, out_dtype=B), r"weight: want scales of one kind, .* float32 \[1, 1\].* of x")
     refused(lambda: fp8_linear(x, low, out_dtype=B), "x: want a Quantized")
     refused(lambda: fp8_linear(low, quantize_rows(x[:, :32]), out_dtype=B), "weight: want 48 columns")
     refused(lambda: fp8_linear(low, low, x[0, :3].bfloat16(), out_dtype=B), r"bias: want a bfloat16 \[4\]")
@@ -206,11 +253,12 @@ def test_a_gpu_refuses_widths_that_its_products_have_not(device):
     refused(lambda: fp8_linear(low, low, out_dtype=B), "multiples of 16")
 
 
-def test_spare_rows_of_a_gpu(monkeypatch):
+@either
+def test_spare_rows_of_a_gpu(monkeypatch, quantize):
     """On a GPU rows are rounded up to 256, and nothing reads what the spare ones hold."""
     monkeypatch.setattr(fp8, "padded_rows", lambda x: -(-x.shape[0] // 256) * 256)
     x = random(5, 192)
-    low = quantize_rows(x)
+    low = quantize(x)
     assert low.values.shape == (256, 192)
     assert fp8_linear(low, low, out_dtype=F).shape == (5, 5)
     assert low.dequantized().isfinite().all()
