@@ -93,13 +93,14 @@ def add_layer_norm_fwd_kernel(
     normed_ptr,  # [T, DIM]
     mean_ptr,  # fp32 [T], or None
     rstd_ptr,  # fp32 [T], or None
-    scale_ptr,  # fp32 [T], where normed is e4m3, else None
+    scale_ptr,  # fp32 [T], or [1] with ONE_SCALE, where normed is e4m3, else None
     num_rows,
     eps,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     EXACT: tl.constexpr = False,  # see to_e4m3
+    ONE_SCALE: tl.constexpr = False,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     column = tl.arange(0, BLOCK)
@@ -121,7 +122,10 @@ def add_layer_norm_fwd_kernel(
     weight = tl.load(weight_ptr + column, mask=in_dim, other=0).to(tl.float32)  # [BLOCK]
     bias = tl.load(bias_ptr + column, mask=in_dim, other=0).to(tl.float32)
     normed = centred * rstd[:, None] * weight[None, :] + bias[None, :]
-    if scale_ptr is not None:
+    if scale_ptr is not None and ONE_SCALE:  # each program computes it, to the same bits; `fp8_fused` derives it
+        largest = tl.max((tl.abs(weight) * DIM**0.5 + tl.abs(bias))[None, :], 1)  # [1]
+        store_e4m3(normed_ptr, scale_ptr, row, offset, mask, row == 0, normed, largest, EXACT)
+    elif scale_ptr is not None:
         largest = tl.max(tl.where(mask, tl.abs(normed), 0.0), 1)
         store_e4m3(normed_ptr, scale_ptr, row, offset, mask, inside, normed, largest, EXACT)
     else:
@@ -195,7 +199,7 @@ def shipped() -> list[Shipped]:
         tile = dict(DIM=dim, BLOCK=block, ROWS=tile_rows)
         statistics = dict(mean_ptr="fp32", rstd_ptr="fp32", weight_ptr="fp32")
         types = dict(x_ptr=stream, bias_ptr="fp32", normed_ptr="bf16", eps="fp32") | statistics
-        absent: dict[str, Any] = {"scale_ptr": None, "EXACT": False}
+        absent: dict[str, Any] = {"scale_ptr": None, "EXACT": False, "ONE_SCALE": False}
         for name, dtype, there in (
             ("branch_ptr", "bf16", branch),
             ("new_ptr", stream, branch),

@@ -7,6 +7,7 @@ from ijepa_kernels import (
     add_layer_norm_fp8,
     bias_gelu_fp8,
     fp8,
+    fp8_fused,
     fp8_linear,
     quantize_rows,
     quantize_tensor,
@@ -115,6 +116,95 @@ def test_the_norm_is_what_the_unquantised_one_rounds_to(device, stream, with_bra
     assert (normed.values[:7].float().abs().amax(1) == 448).all()
 
 
+def uneven(dim, device):
+    """Weights and biases of a norm, the weights of three sizes; and a column with the largest sum of their bounds."""
+    weight = torch.tensor([0.02, 1.0, -5.0]).repeat(dim // 3 + 1)[:dim]
+    bias = random(dim, seed=2, scale=0.5)
+    return weight.to(device), bias.to(device), int((weight.double().abs() * dim**0.5 + bias.double().abs()).argmax())
+
+
+@pytest.mark.parametrize("dim", [192, 384, 1280, 1408])
+@pytest.mark.parametrize(("stream", "with_branch"), [(F, True), (F, False), (B, True)])
+def test_the_norm_by_one_scale_is_off_by_what_its_bound_explains(device, dim, stream, with_branch):
+    """The bound is reached by a row with one element alone, and nothing is beyond it."""
+    weight, bias, most = uneven(dim, device)
+    x = random(7, dim, dtype=stream).to(device)
+    x[2] = 0
+    x[4] *= 1e-4
+    x[5], x[5, most] = 0, 1e4 * (weight[most] * bias[most]).sign()
+    branch = random(7, dim, seed=3, dtype=B).to(device) if with_branch else None
+    branch_bias = random(dim, seed=4).to(device) if with_branch else None
+    if with_branch:
+        branch[2], branch[5] = 0, 0
+    new, normed = add_layer_norm_fp8(x, branch, weight, bias, branch_bias=branch_bias, eps=1e-6, scales="tensor")
+    want_new, by_row = add_layer_norm_fp8(x, branch, weight, bias, branch_bias=branch_bias, eps=1e-6)
+    assert torch.equal(new, want_new)
+    a, b = weight.cpu().double(), bias.cpu().double()
+    bound = float((a.abs() * dim**0.5 + b.abs()).max())
+    assert normed.scale.shape == (1, 1)
+    assert float(normed.scale) == pytest.approx(bound / 448, rel=2**-22)
+    _, want = add_layer_norm_ref(new.cpu().double(), None, a, b, eps=1e-6)
+    assert want.abs().max() < bound
+    assert_rounded(normed, want, spare=bound * 2**-20)
+    if not with_branch:
+        assert normed.values[5].float().abs().max() == 448
+    # Of the largest numbers of a row nothing is lost: they are as far off as by a scale of the row's own.
+    large = want.abs() > bound * 2**-14.8
+    errors = [((low.dequantized().cpu().double() - want) / want).abs()[large].max() for low in (normed, by_row)]
+    assert float(max(errors)) < 2**-4 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("offset", [1.0, 1e5, 1e9])
+def test_no_row_overflows_by_one_scale(device, offset):
+    """Not even where a norm in fp32 is made of roundings alone. What is beyond 448 is cut to it."""
+    x = torch.full((3, 192), offset, device=device)
+    x[1] *= 1 + random(192, scale=1e-7).to(device)
+    x[2, 3] *= -3e4
+    weight, bias, _ = uneven(192, device)
+    normed = add_layer_norm_fp8(x, None, weight, bias, eps=1e-6, scales="tensor")[1]
+    assert (normed.values[:3].float().abs() < 448).all()
+
+
+def test_every_program_takes_the_one_scale_that_the_first_one_stores(kernel_device, monkeypatch):
+    """Rows of all programs come out alike where x is the same in all, and nothing is written beside the scale."""
+    beside = []
+
+    def guarded(x, scales):
+        values, _ = fp8.empty_quantized(x, scales)
+        beside.append(torch.full((99, 1), 7.0, device=x.device))
+        return values, beside[-1][7:8]
+
+    weight, bias, _ = uneven(192, kernel_device)
+    x = random(1, 192).to(kernel_device).expand(35, -1)
+    want = add_layer_norm_fp8(x[:1], None, weight, bias, eps=1e-6, scales="tensor")[1]
+    monkeypatch.setattr(fp8_fused, "empty_quantized", guarded)
+    got = add_layer_norm_fp8(x, None, weight, bias, eps=1e-6, scales="tensor")[1]
+    assert torch.equal(got.values[:35].view(torch.uint8), want.values[:1].view(torch.uint8).expand(35, -1))
+    assert torch.equal(got.scale, want.scale)
+    (around,) = beside
+    assert (around.flatten() != 7).nonzero().flatten().tolist() == [7]
+
+
+@pytest.mark.parametrize("dim", [192, 1000])
+def test_the_kernel_has_pytorch_s_one_scale(kernel_device, dim, monkeypatch):
+    weight, bias, _ = uneven(dim, kernel_device)
+    x = random(3, dim).to(kernel_device)
+    of_kernel = add_layer_norm_fp8(x, None, weight, bias, eps=1e-6, scales="tensor")[1].scale
+    monkeypatch.setenv("IJEPA_KERNELS", "torch")
+    scale = add_layer_norm_fp8(x, None, weight, bias, eps=1e-6, scales="tensor")[1].scale
+    torch.testing.assert_close(of_kernel, scale, rtol=2**-23 if x.is_cuda else 0, atol=0)  # a GPU fuses * and +
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_row_that_is_not_finite_leaves_the_others_by_one_scale(device):
+    weight, bias, _ = uneven(192, device)
+    x = random(3, 192).to(device)
+    x[1, 5] = float("inf")
+    got = add_layer_norm_fp8(x, None, weight, bias, eps=1e-6, scales="tensor")[1].dequantized()
+    assert got[1].isnan().all()
+    assert got[[0, 2]].isfinite().all()
+
+
 @pytest.mark.parametrize("dim", [48, 768, 1100])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gelu_is_what_the_unquantised_one_rounds_to(device, dim, with_bias):
@@ -188,13 +278,14 @@ def test_the_cpu_computes_what_scaled_mm_does(quantize):
     torch.testing.assert_close(fp8_linear(x, weight, bias, out_dtype=B), want, rtol=2**-7, atol=1e-3)
 
 
+@pytest.mark.parametrize(("scales", "quantize"), [("row", quantize_rows), ("tensor", quantize_tensor)])
 @pytest.mark.parametrize("rows", [0, 1, 257])
-def test_any_number_of_rows(device, rows):
+def test_any_number_of_rows(device, rows, scales, quantize):
     x = random(rows, 192).to(device)
     vectors = (random(192, seed=i).to(device) for i in (1, 2))
-    normed = add_layer_norm_fp8(x, None, *vectors, eps=1e-6)[1]
-    assert quantize_tensor(x).dequantized().shape == (rows, 192)
-    hidden = fp8_linear(normed, quantize_rows(random(48, 192, seed=3).to(device)), out_dtype=B)
+    normed = add_layer_norm_fp8(x, None, *vectors, eps=1e-6, scales=scales)[1]
+    assert quantize(x).dequantized().shape == (rows, 192)
+    hidden = fp8_linear(normed, quantize(random(48, 192, seed=3).to(device)), out_dtype=B)
     assert hidden.shape == (rows, 48)
     out = fp8_linear(bias_gelu_fp8(hidden), quantize_rows(random(16, 48, seed=4).to(device)), out_dtype=B)
     assert out.shape == (rows, 16)
@@ -208,8 +299,8 @@ def test_registered_ops(device):
     for op, arguments in (
         (rounding[0], (x, *quantize_rows(x)[:2])),
         (rounding[1], (x, *quantize_tensor(x)[:2])),
-        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, x.bfloat16(), bias, weight, bias, 1e-6)),
-        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, None, None, weight, bias, 1e-6)),
+        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, x.bfloat16(), bias, weight, bias, 1e-6, False)),
+        (torch.ops.ijepa.add_layer_norm_fp8.default, (x, None, None, weight, bias, 1e-6, True)),
         (torch.ops.ijepa.bias_gelu_fp8.default, (x, bias)),
     ):
         schema = () if op in rounding else ("test_schema",)
@@ -237,6 +328,7 @@ def test_refuses(device):
     refused(lambda: quantize_tensor(x[:3], one), "out: want one for float32 \\[3, 48\\]")
     refused(lambda: quantize_rows(x, one), r"one scale a row, got 4 rows of .* with scales float32 \[1, 1\]")
     refused(lambda: quantize_tensor(x, low), "one scale a tensor, got 4 rows")
+    refused(lambda: add_layer_norm_fp8(x, None, x[0], x[0], eps=1e-6, scales="column"), "scales: want 'row' or")
     refused(lambda: fp8_linear(low, one, out_dtype=B), r"weight: want scales of one kind, .* float32 \[1, 1\].* weight")
     refused(lambda: fp8_linear(one, low, out_dtype=B), r"weight: want scales of one kind, .* float32 \[1, 1\].* of x")
     refused(lambda: fp8_linear(x, low, out_dtype=B), "x: want a Quantized")
