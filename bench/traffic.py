@@ -149,7 +149,8 @@ def count(config: Config, micro_batch: int) -> Counter:
     )
     state.target_encoder.every_patch(images)  # made once, as the copies below; each update writes those anew
     for model in (state.encoder, state.predictor, state.target_encoder):
-        model.refresh_copies()
+        for copies in model.kept_copies():
+            copies.refresh()
     counter.part = "loss"
     with mock.patch.object(AdamWEMA, "step", count_update(counter)), counter:
         step.update(run, 0, iter([batch]))

@@ -14,9 +14,11 @@ from ijepa_kernels import (
     fp8_linear,
     predictor_rows,
     quantize_rows,
+    quantize_tensor,
     varlen_attention_qkv,
 )
 from ijepa_kernels.dispatch import use_triton
+from ijepa_kernels.fp8 import Scales
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
@@ -30,14 +32,14 @@ NORM_EPS = 1e-6
 class Linear(nn.Linear):
     """`nn.Linear` that multiplies in `compute_dtype`, whatever the dtypes of its input and of its stored weights.
 
-    With `fp8` its input comes in e4m3, and it has no gradient (see `ijepa_fast.fp8`).
+    With `fp8`, the kind of its scales, its input comes in e4m3, and it has no gradient (see `ijepa_fast.fp8`).
     """
 
     def __init__(self, dim_in: int, dim_out: int, compute_dtype: torch.dtype):
         super().__init__(dim_in, dim_out)
         self.compute_dtype = compute_dtype
         self.copies: tuple[Tensor, Tensor] | None = None  # of weight and bias, see `keep_copies`
-        self.fp8 = False
+        self.fp8: Scales | None = None
         self.quantized: Quantized | None = None  # the weight; without it, as under FSDP, it is rounded at every call
         self.bias_copy: Tensor | None = None  # of an fp8 layer
 
@@ -53,7 +55,9 @@ class Linear(nn.Linear):
         return onednn.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
 
     def _fp8(self, x: Quantized, bias: Tensor | None) -> Tensor:
-        weight = quantize_rows(self.weight) if self.quantized is None else self.quantized
+        weight = self.quantized
+        if weight is None:
+            weight = (quantize_tensor if self.fp8 == "tensor" else quantize_rows)(self.weight)
         return fp8_linear(x, weight, bias, out_dtype=self.compute_dtype)
 
     def product(self, x: Tensor | Quantized) -> tuple[Tensor, Tensor | None]:
@@ -109,10 +113,12 @@ class LayerNorm(nn.LayerNorm):
 
     def before(self, layer: Linear, x: Tensor, branch: Branch | None) -> tuple[Tensor, Tensor | Quantized]:
         """The new stream, and its norm as `layer` takes it."""
-        if not layer.fp8:
+        if layer.fp8 is None:
             return self(x, branch, layer.compute_dtype)
         value, bias = branch or (None, None)
-        return add_layer_norm_fp8(x, value, self.weight, self.bias, branch_bias=bias, eps=self.eps)
+        return add_layer_norm_fp8(
+            x, value, self.weight, self.bias, branch_bias=bias, eps=self.eps, scales=layer.fp8
+        )
 
 
 class Distinct(NamedTuple):
@@ -158,7 +164,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, dim, compute_dtype)
 
     def forward(self, x: Tensor | Quantized) -> Branch:
-        if self.fc2.fp8:
+        if self.fc2.fp8 is not None:
             return Branch(self.fc2(bias_gelu_fp8(*self.fc1.product(x))))
         hidden = self.fc1.gelu(x)
         # Its bias is added in the next block, where FSDP, which makes no copies, has taken it away again.

@@ -6,10 +6,11 @@ Image is Worth 16x16 Words" (arXiv 2010.11929), without a class token, as I-JEPA
 biases everywhere, layer norm with eps 1e-6, no dropout, frozen sin-cos positions. Parameters carry timm's names.
 """
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from ijepa_kernels import Packed, embed_patches, gather_tokens, predictor_tokens
+from ijepa_kernels.fp8 import Scales
 from torch import Tensor, nn
 
 from ijepa_fast.blocks import Block, Branch, Distinct, LayerNorm, Linear
@@ -112,8 +113,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed.refresh_copies()
 
     def kept_copies(self) -> list[Copies | QuantizedWeights]:
-        """All of them, which the optimizer writes with the weights."""
-        return self.patch_embed.encoder_copies
+        """Those that the optimizer writes with the weights: all but the ones with one scale of a whole matrix."""
+        copies = self.patch_embed.encoder_copies
+        return [one for one in copies if not (isinstance(one, QuantizedWeights) and one.scales == "tensor")]
 
     def every_patch(self, images: Tensor) -> Packed:
         """`Packed.dense` of a batch, kept on the device for the next batch of that size."""
@@ -234,7 +236,7 @@ def keep_copies(model: VisionTransformer | Predictor) -> None:
     For whole parameters that stay where they are; FSDP, which gathers its shards in that dtype, needs none.
     """
     layers = [part for part in model.modules() if isinstance(part, Linear | PatchEmbed)]
-    fp8 = [layer for layer in layers if isinstance(layer, Linear) and layer.fp8]
+    fp8 = [layer for layer in layers if isinstance(layer, Linear) and layer.fp8 is not None]
     low = [layer for layer in layers if layer.compute_dtype != next(layer.parameters()).dtype]
     if low:
         of_fp8 = {layer.weight for layer in fp8}
@@ -247,8 +249,10 @@ def keep_copies(model: VisionTransformer | Predictor) -> None:
             else:
                 layer.copies = model.copies[weight], model.copies[bias]
     if isinstance(model, VisionTransformer):
-        every = [model.copies, QuantizedWeights(fp8) if fp8 else None]
-        model.patch_embed.encoder_copies = [copies for copies in every if copies is not None]
+        model.patch_embed.encoder_copies = [] if model.copies is None else [model.copies]
+        for scales in get_args(Scales):
+            if of_kind := [layer for layer in fp8 if layer.fp8 == scales]:
+                model.patch_embed.encoder_copies.append(QuantizedWeights(of_kind, scales))
 
 
 def sincos_positions(grid: int, dim: int) -> Tensor:

@@ -10,6 +10,7 @@ from bench import traffic
 from bench.harness.traffic import COPY_RATE, MATMUL_RATE, Counter
 from ijepa_fast.blocks import Attention
 from ijepa_fast.flops import step_flops
+from ijepa_fast.fp8 import SCALES
 
 
 def counted(step, *weights):
@@ -110,6 +111,17 @@ def test_targets_in_e4m3_are_written_with_the_update(step, tiny_config):
     assert before.other_bytes - after.other_bytes == 12 * (elements - 4 * (rows + 192))
     assert after.launches - before.launches == 2
     assert "copies of weights" not in counter.by_kind()
+
+
+def test_targets_with_one_scale_are_rounded_in_the_next_forward(tiny_config, monkeypatch):
+    """7 launches a weight: the largest magnitude, three of one number, what is to be rounded, its rounding, the scale.
+    Bytes an element: 8 read for those, 4 and 4 for what is to be rounded, and the result."""
+    monkeypatch.setitem(SCALES, "fc1", "tensor")
+    words = ["model.target_dtype=fp8", "model.fp8_blocks=all"]
+    counter = traffic.count(traffic.load(tiny_config, 8, words), 8)
+    copies = counter.tallies["target forward", "copies of weights"]
+    assert copies.launches == 7 * 12
+    assert copies.other_bytes == 12 * (768 * 192 * 17 + 4)
 
 
 def test_every_part_of_a_step_is_there(step):

@@ -14,7 +14,7 @@ from ijepa_fast import graph, run
 from ijepa_fast.config import MaskConfig, load_config
 from ijepa_fast.distributed import World
 from ijepa_fast.errors import UserError
-from ijepa_fast.fp8 import use_fp8
+from ijepa_fast.fp8 import SCALES, use_fp8
 from ijepa_fast.graph import GraphedBackward
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.metrics import read_log
@@ -125,13 +125,19 @@ def as_on_a_gpu(monkeypatch):
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-@pytest.mark.parametrize("rules", ["truncate", "ragged"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "fp8"])
-def test_a_graph_computes_other_batches_and_weights_than_it_was_captured_for(rules, precision):
+@pytest.mark.parametrize(
+    ("rules", "precision"),
+    [(rules, precision) for precision in ("float32", "bfloat16", "fp8") for rules in ("truncate", "ragged")]
+    + [("ragged", "fp8 by one scale")],
+)
+def test_a_graph_computes_other_batches_and_weights_than_it_was_captured_for(rules, precision, monkeypatch):
     """Other images, masks, lengths, denominators, and weights after an update; nothing is left from the capture."""
     dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
     parts = models(dtype)
-    if precision == "fp8":
+    if precision == "fp8 by one scale":
+        monkeypatch.setitem(SCALES, "qkv", "tensor")
+        monkeypatch.setitem(SCALES, "fc1", "tensor")
+    if precision.startswith("fp8"):
         use_fp8(parts[2], "all")
     bare = copy.deepcopy(parts)  # without copies of weights, which are then cast at each call
     for model in parts:

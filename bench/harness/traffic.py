@@ -47,12 +47,13 @@ KINDS = {
     "loss": ("smooth_l1_loss",),
     "optimizer": ("_fused_adamw_", "_foreach_add_", "adamw_ema_"),
     "ema": ("ema_update_",),
-    "copies of weights": ("_foreach_copy_", "quantize_rows_"),
+    "copies of weights": ("_foreach_copy_", "quantize_rows_", "quantize_tensor_"),
 }
 KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
 # Arguments that are written and not read.
 WRITE_ONLY = {("copy_", "self"), ("zero_", "self"), ("fill_", "self"), ("_foreach_copy_", "self")}
-WRITE_ONLY |= {("ema_update_", "low_precision"), ("quantize_rows_", "values"), ("quantize_rows_", "scale")}
+WRITE_ONLY |= {("ema_update_", "low_precision")}
+WRITE_ONLY |= {(f"quantize_{kind}_", what) for kind in ("rows", "tensor") for what in ("values", "scale")}
 NOT_WRITTEN = {("_fused_adamw_", "grads")}  # though the schema says so: only where gradients are unscaled on the way
 HOST_SYNCS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero"}
 # Operators that are several kernels: the layer norm's backward reads both its inputs again for weight and bias, whose
@@ -67,6 +68,7 @@ LAUNCHES = {
     "add_layer_norm_backward": 2,
     "bias_gelu_backward": 2,
     "column_sum": 2,
+    "quantize_tensor_": 7,
 }
 # Partial sums, fp32, that the first of two kernels writes and the second reads: as many rows as there are programs.
 PARTIAL_SUMS = {
@@ -216,6 +218,8 @@ def _moved(func: Any, name: str, args: Any, kwargs: Any, out: Any) -> int:
         moved += sum(map(nbytes, tensors)) * (2 if written and (name, argument.name) not in WRITE_ONLY else 1)
     if name in PARTIAL_SUMS:
         moved += 2 * 4 * PARTIAL_SUMS[name](results)
+    if name == "quantize_tensor_":  # the weight again, and what is to be rounded, in fp32, there and back
+        moved += nbytes(args[0]) + 2 * 4 * args[0].numel()
     if name == "native_layer_norm_backward":
         moved += nbytes(args[0]) + nbytes(args[1])
     return moved + sum(nbytes(x) for x in results if id(x) not in aliases)
