@@ -1,8 +1,8 @@
 """Products of e4m3 in the target encoder, beside bf16's: by it which of them pay is chosen.
 
-`ours` has a scale for each row, as `fp8_linear` has, `tensor` one for a whole matrix; `bf16` is the linear layer that
-both stand for. The passes before the products are timed too, by what they write: e4m3 or bf16. GPU only: a CPU emulates
-such products.
+`ours` has a scale for each row, `tensor` one for a whole matrix; `bf16` is the linear layer that both stand for. The
+passes before the products are timed too, by what they write: e4m3 with scales of either kind, or bf16; and those that
+round weights, which with a scale a row the optimizer does as it writes them. GPU only: a CPU emulates such products.
 """
 from collections.abc import Callable
 
@@ -17,7 +17,9 @@ from ijepa_kernels import (
     bias_gelu_fp8,
     fp8_linear,
     quantize_rows,
+    quantize_tensor,
 )
+from ijepa_kernels.fp8 import Scales
 from torch import Tensor
 
 from bench.harness.compare import Case, NotRun, Variant, assert_close
@@ -53,20 +55,14 @@ def test_bench_fp8_product(bench, model, product, provider):
             x, weight = draw((rows, into), 0, device, torch.bfloat16), draw((out, into), 1, device, torch.bfloat16)
             return x, weight, draw((out,), 2, device, torch.bfloat16)
 
-        def ours():
-            need_gpu(device)
-            x, weight, bias = factors()
-            a, b = quantize_rows(x), quantize_rows(weight)
-            return without_gradients(lambda: fp8_linear(a, b, bias, out_dtype=torch.bfloat16))
+        def fp8(quantize: Callable[[Tensor], Quantized]):
+            def make():
+                need_gpu(device)
+                x, weight, bias = factors()
+                a, b = quantize(x), quantize(weight)
+                return without_gradients(lambda: fp8_linear(a, b, bias, out_dtype=torch.bfloat16))
 
-        def tensor():
-            need_gpu(device)
-            x, weight, bias = factors()
-            scales = [m.abs().amax().float() / 448 for m in (x, weight)]
-            a, b = ((m / s).to(torch.float8_e4m3fn) for m, s in zip((x, weight), scales, strict=True))
-            return lambda: torch._scaled_mm(
-                a, b.t(), scale_a=scales[0], scale_b=scales[1], bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True
-            )
+            return Variant(make)
 
         def bf16():
             need_gpu(device)
@@ -78,15 +74,39 @@ def test_bench_fp8_product(bench, model, product, provider):
             few = slice(0, 256)
             assert_close([result[few]], [F.linear(x[few], weight, bias)], FOUR_BITS)
 
-        variants = {"ours": Variant(ours), "tensor": Variant(tensor), "bf16": Variant(bf16)}
+        variants = {"ours": fp8(quantize_rows), "tensor": fp8(quantize_tensor), "bf16": Variant(bf16)}
         shapes = {"x": [rows, into], "weight": [out, into]}
         return Case(variants, shapes, torch.bfloat16, check, flops=2 * rows * into * out)
 
     bench(build)
 
 
+@pytest.mark.parametrize("product", ["qkv", "fc1", "fc2"])
+@pytest.mark.parametrize("provider", ["ours", "tensor"])
+def test_bench_fp8_weight(bench, model, product, provider):
+    def build():
+        device, (into, out) = bench.device, shape_of(product, model)
+
+        def of(quantize: Callable[..., Quantized]):
+            def make():
+                need_gpu(device)
+                weight = draw((out, into), 1, device, torch.float32)
+                low = quantize(weight)
+                return lambda: quantize(weight, low)
+
+            return Variant(make)
+
+        def check(result):
+            assert_close([result.dequantized()], [draw((out, into), 1, device, torch.float32).double()], FOUR_BITS)
+
+        variants = {"ours": of(quantize_rows), "tensor": of(quantize_tensor)}
+        return Case(variants, {"weight": [out, into]}, torch.float32, check, nbytes=5 * out * into)
+
+    bench(build)
+
+
 @pytest.mark.parametrize("part", ["norm", "gelu"])
-@pytest.mark.parametrize("provider", ["ours", "bf16"])
+@pytest.mark.parametrize("provider", ["ours", "tensor", "bf16"])
 def test_bench_fp8_pass(bench, model, part, provider):
     def build():
         device, size, rows = bench.device, MODELS[model].size, rows_of(model, bench.device)
@@ -98,21 +118,23 @@ def test_bench_fp8_pass(bench, model, part, provider):
             vectors = 3 if part == "norm" else 1
             return [stream, *more, *(draw((dim,), 2 + i, device, torch.float32) for i in range(vectors))]
 
-        def norm(fp8: bool):
+        def norm(scales: Scales | None):
             x, branch, weight, bias, branch_bias = inputs()
             options = {"branch_bias": branch_bias, "eps": EPS}
-            if fp8:
-                return lambda: add_layer_norm_fp8(x, branch, weight, bias, **options)[1]
+            if scales is not None:
+                return lambda: add_layer_norm_fp8(x, branch, weight, bias, **options, scales=scales)[1]
             return lambda: add_layer_norm(x, branch, weight, bias, **options, out_dtype=torch.bfloat16)[1]
 
-        def gelu(fp8: bool):
+        def gelu(scales: Scales | None):
+            if scales == "tensor":
+                raise NotRun("rows of GELUs have scales of their own")
             x, bias = inputs()
-            return (lambda: bias_gelu_fp8(x, bias)) if fp8 else lambda: bias_gelu(x, bias)
+            return (lambda: bias_gelu(x, bias)) if scales is None else lambda: bias_gelu_fp8(x, bias)
 
-        def of(fp8: bool):
+        def of(scales: Scales | None):
             def make():
                 need_gpu(device)
-                return without_gradients((norm if part == "norm" else gelu)(fp8))
+                return without_gradients((norm if part == "norm" else gelu)(scales))
 
             return Variant(make)
 
@@ -127,7 +149,7 @@ def test_bench_fp8_pass(bench, model, part, provider):
             assert_close([got[:256]], [want], FOUR_BITS)
 
         nbytes = rows * dim * (4 + 2 + 4 + 1 if part == "norm" else 3)  # of the one that writes e4m3
-        variants = {"ours": of(True), "bf16": of(False)}
+        variants = {"ours": of("row"), "tensor": of("tensor"), "bf16": of(None)}
         return Case(variants, {"x": [rows, dim]}, torch.bfloat16, check, nbytes=nbytes)
 
     bench(build)
