@@ -3,6 +3,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_model import small_encoder
 from torch import nn
 
@@ -177,6 +178,39 @@ def test_a_run_rounds_them_once_and_the_optimizer_from_then_on(train, tmp_path, 
         assert outcome.code == 0, outcome.err
         assert len(passes) == 3 * 10  # three weights of all blocks but the first and the last
     assert [seen for _, *seen in states.values()] == [[30] * 3] * 2
+
+
+class CutOffError(Exception):
+    pass
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("table", ["tensor"], indirect=True)
+def test_a_resumed_run_by_one_scale_has_the_same_bits(train, tmp_path, monkeypatch, table):
+    """Cut off after the fifth of six updates, and gone on with from the third."""
+    run = ("optim.epoch_length=3", "optim.epochs=2", "train.checkpoint_every=3", "model.target_dtype=fp8")
+    run = (*run, "optim.warmup_epochs=0", "optim.lr=0.01", "optim.momentum=[0.5, 1.0]")
+    assert train(f"train.folder={tmp_path / 'whole'}", *run).code == 0
+    update, updates = TrainState.update, []
+
+    def cut_off(state, *args, **options):
+        update(state, *args, **options)
+        updates.append(state)
+        if len(updates) == 5:
+            raise CutOffError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainState, "update", cut_off)
+        with pytest.raises(CutOffError):
+            train(f"train.folder={tmp_path / 'cut'}", *run)
+    assert train(f"train.folder={tmp_path / 'cut'}", *run, "--resume").code == 0
+    whole, cut = (
+        load_file(next((tmp_path / name / "checkpoints" / "step_00000006").glob("*.safetensors")))
+        for name in ("whole", "cut")
+    )
+    assert whole.keys() == cut.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, cut[name]), name
 
 
 def test_rounded_in_inference_mode_they_are_written_over_later():
