@@ -38,6 +38,7 @@ from ijepa_fast.cli import command
 from ijepa_fast.config import Config, load_config
 from ijepa_fast.errors import UserError
 from ijepa_fast.flops import PEAKS, step_flops
+from ijepa_fast.fp8 import SCALES
 from ijepa_fast.masks import MultiBlockMasks
 from ijepa_fast.model import Size
 from ijepa_fast.run import draw_models
@@ -99,10 +100,11 @@ class Model:
 
 
 def e4m3_flops(config: Config, size: Size, patches: int, covered: float) -> float:
-    """Of an image's target forward, those that `model.target_dtype` computes in e4m3: see `ijepa_fast.fp8`."""
+    """Of an image's target forward, those that `model.target_dtype` computes in e4m3, by the table of `fp8`."""
     if config.model.target_dtype != "fp8":
         return 0.0
-    qkv, mlp = 2 * 3 * size.dim**2, 2 * 2 * size.dim * size.mlp_dim  # a token
+    qkv = 2 * 3 * size.dim**2 if SCALES["qkv"] else 0  # a token, as the next
+    mlp = 2 * size.dim * size.mlp_dim * sum(SCALES[name] is not None for name in ("fc1", "fc2"))
     inner = (size.depth - 2) * patches * (qkv + mlp)
     if config.model.fp8_blocks == "inner":
         return inner
