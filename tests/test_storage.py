@@ -3,6 +3,7 @@ import errno
 import io
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -30,11 +31,16 @@ BUCKET = "weak://bucket"
 
 
 class WeakFileSystem(MemoryFileSystem):
-    """A store that fails every `period`-th request, with one kind of error after the other, and counts them."""
+    """A store that fails every `period`-th request of a thread, with one kind of error after the other, and counts all.
+
+    Of a thread, so that the next try is no such request: of all, a reader's threads could leave one to the same image
+    each time.
+    """
 
     protocol = "weak"
     store, pseudo_dirs = {}, [""]
     period, requests, ranges, broken = 0, 0, [], ()
+    of_thread = threading.local()
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -45,9 +51,10 @@ class WeakFileSystem(MemoryFileSystem):
         cls.requests += 1
         if path.endswith(cls.broken):
             raise TimeoutError("no answer")
-        if cls.period and cls.requests % cls.period == 0:
+        number = cls.of_thread.requests = getattr(cls.of_thread, "requests", 0) + 1
+        if cls.period and number % cls.period == 0:
             errors = ConnectionError("reset"), RuntimeError("503 Slow Down"), OSError(errno.EIO, "Input/output error")
-            raise errors[cls.requests // cls.period % 3]
+            raise errors[number // cls.period % 3]
 
     def cat_file(self, path, version_id=None, start=None, end=None):  # as s3fs has it
         assert version_id is None
