@@ -51,21 +51,10 @@ def _forward_fake(q, k, v, cu_seqlens, max_seqlen, scale, backend):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=lse)
 
 
-def _backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grads = [torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3)]
-    _fill(grads, grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, backend)
-    return tuple(grads)
+def _backward(grad: Tensor, q: Tensor, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty(q.shape, dtype=q.dtype, device=q.device) for _ in range(3))
+    _fill((dq, dk, dv), grad, q, *rest)
+    return dq, dk, dv
 
 
 def _fill(
@@ -81,6 +70,7 @@ def _fill(
     scale: float,
     backend: str,
 ) -> None:
+    """Write the gradients of q, k and v into `grads`, contiguous tensors or views of one [T, 3, heads, head_dim]."""
     if backend == "triton":
         attention_triton.backward(grad, q, k, v, out, lse, cu_seqlens, max_seqlen, scale, grads)
     else:
@@ -195,18 +185,9 @@ def _forward_qkv_fake(qkv, cu_seqlens, max_seqlen, scale, backend):
     return _forward_fake(*qkv.unbind(1), cu_seqlens, max_seqlen, scale, backend)
 
 
-def _backward_qkv(
-    grad: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    scale: float,
-    backend: str,
-) -> Tensor:
+def _backward_qkv(grad: Tensor, qkv: Tensor, *rest) -> Tensor:
     grad_qkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    _fill(grad_qkv.unbind(1), grad, *qkv.unbind(1), out, lse, cu_seqlens, max_seqlen, scale, backend)
+    _fill(grad_qkv.unbind(1), grad, *qkv.unbind(1), *rest)
     return grad_qkv
 
 
