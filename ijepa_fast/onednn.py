@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 
 from ijepa_fast import compat
 
-# Multiply-adds. oneDNN compiles a product at its first call with a number of rows, which varies from batch to batch:
-# 0.4 to 1 ms, which MKL takes for so many.
+# Multiply-adds. oneDNN compiles a product when it first meets a number of rows, which varies from batch to batch. On
+# two cores of a Zen 5 that took 0.4 to 1 ms, as long as MKL takes for about so many.
 LEAST = 100_000_000
 
 ZEN_5 = 26  # AMD's number of that family
